@@ -1,0 +1,36 @@
+"""The one exception tree: every error mmpeft raises on purpose is an `MMPeftError`.
+
+A message says what was found, what was expected and what to do about it.
+"""
+
+
+class MMPeftError(Exception):
+    """Base of every error that mmpeft raises on purpose; the command line prints it without a traceback."""
+
+
+class RecipeError(MMPeftError):
+    """A recipe, option or training plan that cannot be meant as it stands (exit status 2)."""
+
+
+class DataError(MMPeftError):
+    """A data file, sample or picture that cannot be used; names the file, the sample and the reason."""
+
+
+class ModelError(MMPeftError):
+    """A model that cannot be loaded, composed or understood."""
+
+
+class AdapterError(MMPeftError):
+    """An adapter that does not fit its base, or a directory that holds no whole adapter."""
+
+
+class OutputError(MMPeftError):
+    """A place that cannot be written: read-only, full, or taken by something else."""
+
+
+class MissingDependencyError(MMPeftError):
+    """An optional library that is not installed; names the extra that brings it."""
+
+
+class RunInterrupted(MMPeftError):  # noqa: N818 - not an error of the run: the user asked for it
+    """Training was stopped by Ctrl-C after its checkpoint was written; the same command goes on from there."""

@@ -1,0 +1,13 @@
+"""Models of `mmpeft.compose_model` that the LLaVA class cannot express (see models/modeling_composed.py)."""
+
+from mmpeft.families.spec import FamilySpec
+
+SPEC = FamilySpec(
+    name="composed",
+    model_types=("mmpeft_composed",),
+    parts={
+        "vision": ("vision_towers",),
+        "projector": ("multi_modal_projector",),
+        "language": ("language_model",),
+    },
+)
