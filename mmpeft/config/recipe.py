@@ -1,0 +1,256 @@
+"""The recipe: one file that describes a run. Frozen pydantic models; unknown keys fail."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from transformers import TrainingArguments
+
+from mmpeft.config.load import Document, describe, load_yaml
+from mmpeft.config.names import did_you_mean
+from mmpeft.config.train import PartTraining, train_problems
+from mmpeft.core.errors import RecipeError
+from mmpeft.core.types import PARTS, Part
+
+TRAINER_FIELDS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(TrainingArguments))
+
+_OWNED_BY_RECIPE = {
+    "output_dir": "output",
+    "per_device_train_batch_size": "batch.micro",
+    "gradient_accumulation_steps": "batch.size and batch.micro",
+    "num_train_epochs": "stages[].epochs",
+    "max_steps": "stages[].max_steps",
+    "learning_rate": "stages[].learning_rate",
+    "seed": "seed",
+    "data_seed": "seed",
+    "use_cpu": "device",
+    "resume_from_checkpoint": "the option --resume",
+    "dataloader_num_workers": "data.workers",
+    "remove_unused_columns": "nothing: the data set returns only what the model takes",
+    "push_to_hub": "nothing yet: push the adapter directory when the run is done",
+}
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class ComposeConfig(_Block):
+    """A model made from a vision encoder (or two), a language model and a new projector."""
+
+    vision: str | tuple[str, ...]
+    language: str
+    projector: str | dict[str, Any] = "mlp"
+    chat_template: str | None = None
+    """A Jinja chat template that takes the place of the language model's own."""
+    vision_feature_layer: int = -2
+
+
+class DataConfig(_Block):
+    """Where the samples are, and what is done with one that cannot be used."""
+
+    train: Path
+    eval: Path | None = None
+    media_root: Path | None = None
+    """Folder that the picture paths of both files are relative to; default: each file's own folder."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Longest row in tokens, pictures included; a longer one is cut at its end, never inside a picture."""
+    on_error: Literal["error", "skip"] = "error"
+    max_skipped: float = Field(default=0.01, ge=0)
+    """With `on_error: skip`, the most samples that may be skipped: a share of the file below 1, else a count."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that open pictures ahead of training; 0 opens them in the training process."""
+
+
+class BatchConfig(_Block):
+    """The batch, in samples. `size` is global: the same on one process and on eight."""
+
+    size: int = Field(default=16, ge=1)
+    micro: int | None = Field(default=None, ge=1)
+    """Samples of one process that go through the model at once; default: as many as `size` allows, up to 16."""
+
+
+class EvaluateConfig(_Block):
+    """How the held-out questions are answered and scored."""
+
+    metrics: tuple[str, ...] = ("exact_match", "token_f1", "anls")
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    """Answer only this many questions, the first of the file."""
+
+
+def _per_part(value: Any) -> str:
+    return "<per part>" if isinstance(value, Mapping) else "<one>"
+
+
+LearningRate = Annotated[
+    Annotated[float, Field(gt=0), Tag("<one>")] | Annotated[dict[Part, Annotated[float, Field(gt=0)]], Tag("<per part>")],
+    Discriminator(_per_part),
+]
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("mmpeft", "expected a number, found {value}", {"value": value})
+    return value
+
+
+class StageConfig(_Block):
+    """One stage: which parts train, how fast, how long."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    train: dict[Part, PartTraining]
+    learning_rate: LearningRate = 2.0e-4
+    epochs: Annotated[float, BeforeValidator(_no_bool)] = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; when given, it takes the place of `epochs`."""
+    trainer: dict[str, Any] = {}
+    """Anything else that `transformers.TrainingArguments` takes."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _check_train(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError(
+                "mmpeft", "found {value}; expected parts such as {{projector: full}}", {"value": repr(value)}
+            )
+        _raise_all(train_problems(value))
+        return value
+
+    @field_validator("trainer", mode="before")
+    @classmethod
+    def _check_trainer(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        problems = []
+        for key in value:
+            if key in _OWNED_BY_RECIPE:
+                problems.append((key, f"is set elsewhere in the recipe: {_OWNED_BY_RECIPE[key]}"))
+            elif key == "warmup_ratio":
+                problems.append((key, "is gone from transformers 5; `warmup_steps` below 1 is the same ratio"))
+            elif key not in TRAINER_FIELDS:
+                problems.append((key, f"unknown training argument{did_you_mean(key, TRAINER_FIELDS)}"))
+        _raise_all(problems)
+        return value
+
+    @model_validator(mode="after")
+    def _rates_belong_to_trained_parts(self) -> "StageConfig":
+        if isinstance(self.learning_rate, dict):
+            trained = [part for part in PARTS if self.train.get(part, "frozen") != "frozen"]
+            problems = [
+                ("learning_rate." + part, f"{part} is not trained in this stage; trained: {', '.join(trained)}")
+                for part in self.learning_rate
+                if part not in trained
+            ]
+            problems += [
+                ("learning_rate", f"no learning rate for {part}, which this stage trains")
+                for part in trained
+                if part not in self.learning_rate
+            ]
+            _raise_all(problems)
+        return self
+
+
+def _raise_all(problems: list[tuple[str, str]]) -> None:
+    if problems:
+        raise PydanticCustomError("mmpeft_problems", "{count} problem(s)", {"problems": problems, "count": len(problems)})
+
+
+PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
+    "two-stage": (
+        {"name": "projector", "train": {"projector": "full"}, "learning_rate": 1.0e-3},
+        {
+            "name": "language",
+            "train": {"projector": "full", "language": {"r": 16, "lora_alpha": 32}},
+            "learning_rate": {"projector": 2.0e-5, "language": 2.0e-4},
+        },
+    ),
+    "projector": ({"name": "projector", "train": {"projector": "full"}, "learning_rate": 1.0e-3},),
+    "lora": ({"name": "language", "train": {"language": {"r": 16, "lora_alpha": 32}}, "learning_rate": 2.0e-4},),
+}
+"""Stages by name: LLaVA's two-stage rates for LoRA (github.com/haotian-liu/LLaVA, scripts/v1_5), and its halves."""
+
+
+def _stages(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise PydanticCustomError(
+                "mmpeft", "unknown preset {value}{hint}", {"value": repr(value), "hint": did_you_mean(value, PRESETS)}
+            )
+        return PRESETS[value]
+    return value
+
+
+def _model_kind(value: Any) -> str:
+    return "<compose>" if isinstance(value, Mapping | ComposeConfig) else "<name>"
+
+
+class Recipe(_Block):
+    """A whole run. `model`, `data.train` and `stages` suffice; everything else has a default."""
+
+    model: Annotated[
+        Annotated[str, Tag("<name>")] | Annotated[ComposeConfig, Tag("<compose>")], Discriminator(_model_kind)
+    ]
+    data: DataConfig
+    stages: Annotated[tuple[StageConfig, ...], BeforeValidator(_stages), Field(min_length=1)]
+    batch: BatchConfig = BatchConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = Field(default=0, ge=0)
+    output: Path = Path("runs/mmpeft")
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `npu`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base model's weights; `auto` is the checkpoint's own on accelerators and float32 on CPU."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _stage_names_differ(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        repeated = {name for name in names if names.count(name) > 1} | {"before", "after"}.intersection(names)
+        _raise_all([("stages", f"the name {name!r} is taken; give each stage its own") for name in sorted(repeated)])
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> "Recipe":
+        """Read a recipe file; `overrides` are `key=value` strings as `--set` takes them.
+
+        Raises:
+            RecipeError: every problem at once, each with its line, key, what was found and the nearest valid name.
+        """
+        document = load_yaml(Path(path))
+        for override in overrides:
+            document.override(override)
+        try:
+            return cls.model_validate(document.value)
+        except ValidationError as error:
+            raise RecipeError(describe(error, cls, document)) from None
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Recipe":
+        """A recipe from plain values, checked as a file is.
+
+        Raises:
+            RecipeError: every problem at once, each with its key, what was found and the nearest valid name.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise RecipeError(describe(error, cls, Document(value=value, source="recipe"))) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (paths as text), complete with defaults: what `recipe.yaml` of a run holds."""
+        return self.model_dump(mode="json")
