@@ -54,23 +54,20 @@ class Document:
         for key in keys[:-1]:
             target = _step(target, key, text)
         last = keys[-1]
-        value = yaml.load(raw, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(raw, _Loader)
         if isinstance(target, list):
             target[_index(target, last, text)] = value
-        elif isinstance(target, dict):
-            target[last] = value
         else:
-            raise RecipeError(f"--set {text!r}: {last!r} cannot be set inside {target!r}")
+            target[last] = value
 
 
 def _step(target: Any, key: str, text: str) -> Any:
+    """One step down; a scalar gives way to a mapping, which validation then judges."""
     if isinstance(target, list):
         return target[_index(target, key, text)]
-    if isinstance(target, dict):
-        if not isinstance(target.get(key), dict | list):
-            target[key] = {}
-        return target[key]
-    raise RecipeError(f"--set {text!r}: {key!r} leads nowhere; the recipe has {target!r} there")
+    if not isinstance(target.get(key), dict | list):
+        target[key] = {}
+    return target[key]
 
 
 def _index(items: list[Any], key: str, text: str) -> int:
@@ -79,7 +76,9 @@ def _index(items: list[Any], key: str, text: str) -> int:
         return names.index(key)
     if key.isdigit() and int(key) < len(items):
         return int(key)
-    raise RecipeError(f"--set {text!r}: no item {key!r} in a list of {len(items)}{did_you_mean(key, filter(None, names))}")
+    raise RecipeError(
+        f"--set {text!r}: no item {key!r} in a list of {len(items)}{did_you_mean(key, filter(None, names))}"
+    )
 
 
 def load_yaml(path: Path) -> Document:
@@ -96,7 +95,7 @@ def load_yaml(path: Path) -> Document:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     try:
         node = yaml.compose(text, _Loader)
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(value, dict):

@@ -98,7 +98,8 @@ def _per_part(value: Any) -> str:
 
 
 LearningRate = Annotated[
-    Annotated[float, Field(gt=0), Tag("<one>")] | Annotated[dict[Part, Annotated[float, Field(gt=0)]], Tag("<per part>")],
+    Annotated[float, Field(gt=0), Tag("<one>")]
+    | Annotated[dict[Part, Annotated[float, Field(gt=0)]], Tag("<per part>")],
     Discriminator(_per_part),
 ]
 
@@ -152,7 +153,10 @@ class StageConfig(_Block):
         if isinstance(self.learning_rate, dict):
             trained = [part for part in PARTS if self.train.get(part, "frozen") != "frozen"]
             problems = [
-                ("learning_rate." + part, f"{part} is not trained in this stage; trained: {', '.join(trained)}")
+                (
+                    "learning_rate." + part,
+                    f"{part} is not trained in this stage; trained: {', '.join(trained)}",
+                )
                 for part in self.learning_rate
                 if part not in trained
             ]
@@ -167,7 +171,9 @@ class StageConfig(_Block):
 
 def _raise_all(problems: list[tuple[str, str]]) -> None:
     if problems:
-        raise PydanticCustomError("mmpeft_problems", "{count} problem(s)", {"problems": problems, "count": len(problems)})
+        raise PydanticCustomError(
+            "mmpeft_problems", "{count} problem(s)", {"problems": problems, "count": len(problems)}
+        )
 
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -189,7 +195,9 @@ def _stages(value: Any) -> Any:
     if isinstance(value, str):
         if value not in PRESETS:
             raise PydanticCustomError(
-                "mmpeft", "unknown preset {value}{hint}", {"value": repr(value), "hint": did_you_mean(value, PRESETS)}
+                "mmpeft",
+                "unknown preset {value}{hint}",
+                {"value": repr(value), "hint": did_you_mean(value, PRESETS)},
             )
         return PRESETS[value]
     return value

@@ -79,14 +79,29 @@ def _init_problems(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     if init is True:
         return []
     if init is False:
-        return [("init_lora_weights", "false would change the model before training; leave it out or choose 'gaussian'")]
+        return [
+            (
+                "init_lora_weights",
+                "false would change the model before training; leave it out or choose 'gaussian'",
+            )
+        ]
     name = str(init).lower().split("_niter_")[0]
     if name in _NEEDS_DATA:
-        return [("init_lora_weights", f"{init!r} is not supported: {_NEEDS_DATA[name]}; choose 'pissa' or 'olora'")]
+        return [
+            (
+                "init_lora_weights",
+                f"{init!r} is not supported: {_NEEDS_DATA[name]}; choose 'pissa' or 'olora'",
+            )
+        ]
     if name not in _SAFE_INITS:
         return [("init_lora_weights", f"unknown initialisation {init!r}{did_you_mean(name, _SAFE_INITS[:4])}")]
     if name in ("pissa", "olora") and fields.get("use_dora"):
-        return [("use_dora", f"cannot be combined with init_lora_weights={init!r}: the result is not a plain LoRA")]
+        return [
+            (
+                "use_dora",
+                f"cannot be combined with init_lora_weights={init!r}: the result is not a plain LoRA",
+            )
+        ]
     return []
 
 

@@ -32,5 +32,5 @@ class MissingDependencyError(MMPeftError):
     """An optional library that is not installed; names the extra that brings it."""
 
 
-class RunInterrupted(MMPeftError):  # noqa: N818 - not an error of the run: the user asked for it
+class RunInterrupted(MMPeftError):
     """Training was stopped by Ctrl-C after its checkpoint was written; the same command goes on from there."""

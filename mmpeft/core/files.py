@@ -73,6 +73,25 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn every way in which writing under `path` fails into an `OutputError`.
+
+    safetensors and torch.save report a full disk by exceptions of their own that hold the system's message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, path) from error
+    except Exception as error:
+        text = str(error)
+        if "os error 28" in text or "No space left" in text or "PytorchStreamWriter" in text:
+            raise output_error(OSError(errno.ENOSPC, text), path) from error
+        if "os error 27" in text:
+            raise output_error(OSError(errno.EFBIG, "the file is larger than allowed here"), path) from error
+        raise
+
+
+@contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that takes the name `path` only when the block ends without an error.
 
@@ -87,16 +106,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    except OSError as error:
+        with writing(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+    finally:
         if not path.exists() and old.exists():
             old.rename(path)
-        raise output_error(error, path) from error
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Adapters on a model: `get_peft_model`, the one place where `requires_grad` is decided."""
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from mmpeft.config.names import did_you_mean
@@ -17,12 +17,11 @@ from mmpeft.core.types import PARTS, Part
 from mmpeft.families.registry import family_of
 from mmpeft.families.spec import FamilySpec
 from mmpeft.methods.lora import lora_config
-
-logger = logging.getLogger(__name__)
+from mmpeft.methods.plan import base_name
 
 
 def get_peft_model(
-    model: PreTrainedModel, train: Mapping[str, Any], *, carried: tuple[Part, ...] = ()
+    model: PreTrainedModel, train: Mapping[Any, Any], *, carried: Mapping[Part, PartTraining] | None = None
 ) -> PeftModel | PreTrainedModel:
     """Freeze a model and make the parts of `train` trainable.
 
@@ -33,7 +32,8 @@ def get_peft_model(
     Args:
         model: a transformers model of a known family.
         train: `vision`, `projector` and `language`, each `full`, `frozen` or fields of `peft.LoraConfig`.
-        carried: parts that an earlier stage trained by projector weights; they stay in the adapter, frozen.
+        carried: how earlier stages trained parts that `train` leaves alone; those stay in the adapter, frozen,
+            so that one adapter holds the work of every stage.
 
     Returns:
         An ordinary `PeftModel`; the plain model when a tower is `full`, since its weights then change in
@@ -48,20 +48,35 @@ def get_peft_model(
         raise RecipeError("the model has an adapter already; pass its base: peft_model.get_base_model()")
     spec = family_of(model)
     for part in PARTS:
-        if parts[part] != "frozen" or part in carried:
+        if parts[part] != "frozen":
             _check_part_exists(model, spec, part)
     if trains_tower(parts):
         return _train_in_place(model, spec, parts)
-    saved = spec.projector_leaves(model, spec) if parts["projector"] == "full" or "projector" in carried else []
-    config = lora_config(model, spec, parts, saved=saved)
-    reference = _base_dtypes(model)
-    peft_model = peft.get_peft_model(model, config)
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad and ".modules_to_save." in name:
-            parameter.requires_grad_(parts["projector"] == "full")
+    held: dict[Part, PartTraining] = {
+        part: parts[part] if parts[part] != "frozen" else (carried or {}).get(part, "frozen") for part in PARTS
+    }
+    saved = spec.projector_leaves(model, spec) if held["projector"] == "full" else []
+    peft_model = peft.get_peft_model(model, lora_config(model, spec, held, saved=saved))
+    freeze_carried(peft_model, parts)
     _check_trainable(peft_model, parts)
-    _log_dtypes(peft_model, reference)
+    _in_full_precision(peft_model)
     return peft_model
+
+
+def _in_full_precision(model: nn.Module) -> None:
+    """Trainable weights in float32: an update of 1e-4 is lost in bfloat16's 8 bits of mantissa."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def freeze_carried(peft_model: PeftModel, train: Mapping[Part, PartTraining]) -> None:
+    """Take the gradients from every part that `train` does not name; PEFT switches on all that it holds."""
+    spec = family_of(peft_model)
+    for name, parameter in peft_model.named_parameters():
+        part = spec.part_of(base_name(name))
+        if part is None or train.get(part, "frozen") == "frozen":
+            parameter.requires_grad_(False)
 
 
 def trains_tower(train: Mapping[Part, PartTraining]) -> bool:
@@ -79,9 +94,7 @@ def _check_part_exists(model: PreTrainedModel, spec: FamilySpec, part: Part) -> 
         )
 
 
-def _train_in_place(
-    model: PreTrainedModel, spec: FamilySpec, parts: Mapping[Part, PartTraining]
-) -> PreTrainedModel:
+def _train_in_place(model: PreTrainedModel, spec: FamilySpec, parts: Mapping[Part, PartTraining]) -> PreTrainedModel:
     mixed = [part for part in PARTS if isinstance(parts[part], dict)]
     if mixed:
         full = [part for part in PARTS if parts[part] == "full"]
@@ -94,6 +107,7 @@ def _train_in_place(
         part = spec.part_of(name)
         trains = part is not None and parts[part] == "full" and (part != "projector" or name in fixed)
         parameter.requires_grad_(trains)
+    _in_full_precision(model)
     return model
 
 
@@ -109,9 +123,7 @@ def _check_trainable(peft_model: PeftModel, parts: Mapping[Part, PartTraining]) 
     """PEFT has matched what was asked: no part that trains is left without a parameter."""
     spec = family_of(peft_model)
     reached = {
-        spec.part_of(name.removeprefix("base_model.model."))
-        for name, parameter in peft_model.named_parameters()
-        if parameter.requires_grad
+        spec.part_of(base_name(name)) for name, parameter in peft_model.named_parameters() if parameter.requires_grad
     }
     for part, training in parts.items():
         if training != "frozen" and part not in reached:
@@ -119,13 +131,3 @@ def _check_trainable(peft_model: PeftModel, parts: Mapping[Part, PartTraining]) 
             raise RecipeError(
                 f"train.{part}: PEFT matched no parameter of this part{did_you_mean(spec.parts[part][0], names)}"
             )
-
-
-def _base_dtypes(model: PreTrainedModel) -> torch.dtype:
-    return next(model.parameters()).dtype
-
-
-def _log_dtypes(peft_model: PeftModel, base: torch.dtype) -> None:
-    trainable = {parameter.dtype for parameter in peft_model.parameters() if parameter.requires_grad}
-    if trainable != {base}:
-        logger.info("base weights are %s, trainable weights %s", base, ", ".join(map(str, trainable)))

@@ -1,23 +1,22 @@
 """How an adapter lies on disk. The only room that knows: training writes through it, all others read through it.
 
-    adapter/
-      adapter_config.json          a plain `peft.LoraConfig`
-      adapter_model.safetensors    LoRA matrices and the projector's leaves
-      processor files              tokenizer, image processor, chat template
-      mmpeft.json                  where it comes from: recipe, data, versions, scores
+adapter/
+  adapter_config.json          a plain `peft.LoraConfig`
+  adapter_model.safetensors    LoRA matrices and the projector's leaves
+  processor files              tokenizer, image processor, chat template
+  mmpeft.json                  where it comes from: recipe, data, versions, scores
 """
 
 import contextlib
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,11 +37,15 @@ InitialLora = dict[str, torch.Tensor]
 
 def initial_lora(model: PeftModel) -> InitialLora | None:
     """A copy of the LoRA matrices, to be taken before training; None where the base was left as it is."""
-    init = str(model.peft_config["default"].init_lora_weights).lower()
+    init = str(_config(model).init_lora_weights).lower()
     if not init.startswith(("pissa", "olora")):
         return None
     state = get_peft_model_state_dict(model)
     return {name: tensor.detach().clone() for name, tensor in state.items() if ".lora_" in name}
+
+
+def _config(model: PeftModel) -> LoraConfig:
+    return cast(LoraConfig, model.peft_config["default"])
 
 
 def save_adapter(
@@ -71,9 +74,7 @@ def save_adapter(
     """
     path = Path(path)
     with whole_directory(path) as folder:
-        _save_peft(model, folder)
-        if model.peft_config["default"].use_dora:
-            _rename_magnitudes(folder)
+        write_peft_files(model, folder)
         if initial is not None:
             _as_plain_lora(folder, initial)
         _make_base_absolute(folder)
@@ -86,19 +87,22 @@ def save_adapter(
     return path
 
 
-def _save_peft(model: PeftModel, folder: Path) -> None:
-    with warnings.catch_warnings():
-        # peft 0.21 looks up a local base's config on the hub to see whether its vocabulary changed.
-        warnings.filterwarnings("ignore", message="Could not find a config file in")
-        model.save_pretrained(folder, save_embedding_layers=False)
+def write_peft_files(model: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """PEFT's own files as they stand in training: `save_adapter` and trainer checkpoints both start from them.
+
+    `state_dict` replaces the model's own where its tensors are sharded over processes (ZeRO-3, FSDP).
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
+    if _config(model).use_dora:
+        _rename_magnitudes(folder)
 
 
 def _rename_magnitudes(folder: Path) -> None:
     """Name DoRA's magnitudes as both loaders read them.
 
-    peft 0.21 writes `....lora_magnitude_vector`, which its own loader takes, but which `from_pretrained(adapter)`
-    of transformers 5.24 leaves out with a warning: other logits, no error. Both take `....lora_magnitude_vector.weight`.
-    The DoRA round trip in tests/methods/test_checkpoint.py passes without this once transformers has mended it.
+    peft 0.21 writes `....lora_magnitude_vector`, which its own loader takes, but which
+    `from_pretrained(adapter)` of transformers 5.24 leaves out with a warning: other logits, no error. Both take
+    `....lora_magnitude_vector.weight`. The DoRA round trip in tests/methods/test_checkpoint.py passes without this once transformers has mended it.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     state = load_file(weights)

@@ -142,15 +142,18 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
             ranks[pattern] = fields.get("r", 8)
         if fields.get("lora_alpha", 8) != alpha:
             alphas[pattern] = fields.get("lora_alpha", 8)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=names_to_regex([name for part in parts for name in names[part]]),
-        modules_to_save=saved or None,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        **shared,
-    )
+    try:
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=names_to_regex([name for part in parts for name in names[part]]),
+            modules_to_save=saved or None,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            **shared,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"train.{next(iter(parts))}: peft.LoraConfig refuses these fields: {error}") from error
 
 
 def _shared_fields(parts: Mapping[Part, Mapping[str, Any]]) -> dict[str, Any]:

@@ -58,9 +58,9 @@ class TrainingPlan:
 def base_name(name: str) -> str:
     """A parameter's name in the base model, without what PEFT's wrappers put around it.
 
-        base_model.model.lm_head.weight                                     -> lm_head.weight
-        base_model.model.model.language_model.layers.0...q_proj.lora_A.default.weight
-                                          -> model.language_model.layers.0...q_proj.lora_A.default.weight
+    base_model.model.lm_head.weight                                     -> lm_head.weight
+    base_model.model.model.language_model.layers.0...q_proj.lora_A.default.weight
+                                      -> model.language_model.layers.0...q_proj.lora_A.default.weight
     """
     return name.removeprefix("base_model.model.")
 

@@ -1,0 +1,83 @@
+"""`mmpeft generate` and `mmpeft evaluate`: a base model or an adapter asked."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import mmpeft
+from mmpeft.cli.output import JsonOption, human, print_json
+
+ModelArgument = Annotated[str, typer.Argument(help="Adapter or model directory, or hub id.")]
+AdapterOption = Annotated[str | None, typer.Option(help="Adapter to put on the model.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or npu.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeatable.")] = None,
+    adapter: AdapterOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a model about a picture."""
+    loaded, processor = mmpeft.load_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+    text = mmpeft.answer(loaded, processor, images=image or [], prompt=prompt, max_new_tokens=max_new_tokens)
+    if as_json:
+        print_json({"answer": text, "prompt": prompt, "images": [str(path) for path in image or []]})
+    else:
+        human(as_json).print(text, markup=False)
+
+
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Option(help="Held-out data: LLaVA JSON or JSONL.")],
+    media_root: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: the file's own.")] = None,
+    adapter: AdapterOption = None,
+    metric: Annotated[list[str] | None, typer.Option(help="exact_match, token_f1, anls; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer the questions of a data file and score the answers."""
+    loaded, processor = mmpeft.load_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+    dataset = mmpeft.load_dataset(data, media_root=media_root, processor=processor)
+    scores = mmpeft.evaluate_model(
+        loaded,
+        processor,
+        dataset,
+        metrics=tuple(metric or ("exact_match", "token_f1", "anls")),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        limit=limit,
+    )
+    if as_json:
+        print_json(scores)
+        return
+    human(as_json).print(score_table({"": scores}))
+
+
+def score_table(evaluations: dict[str, dict]) -> Table:
+    """Scores by kind of question: a column for each evaluation and metric."""
+    table = Table()
+    table.add_column("questions")
+    table.add_column("count", justify="right")
+    columns = [(name, metric) for name, entry in evaluations.items() for metric in entry["metrics"]]
+    for name, metric in columns:
+        table.add_column(f"{metric} {name}".strip(), justify="right")
+    first = next(iter(evaluations.values()))
+    for kind, row in first["by_kind"].items():
+        cells = [f"{evaluations[name]['by_kind'][kind][metric]:.3f}" for name, metric in columns]
+        table.add_row(kind or "(no kind)", str(row["count"]), *cells)
+    table.add_section()
+    totals = [f"[bold]{evaluations[name]['metrics'][metric]:.3f}" for name, metric in columns]
+    table.add_row("[bold]all", str(len(first["predictions"])), *totals)
+    return table

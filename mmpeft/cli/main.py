@@ -1,0 +1,73 @@
+"""The `mmpeft` program: mounts the commands, and turns errors into messages and exit statuses."""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mmpeft import __version__
+from mmpeft.cli import answers, data, plan, quickstart, recipes, run
+from mmpeft.cli.output import EXIT_DATA, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err
+from mmpeft.core.errors import DataError, MMPeftError, RecipeError, RunInterrupted
+
+app = typer.Typer(
+    name="mmpeft",
+    help="Fine-tune multimodal models with adapters, in stages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.quickstart)
+app.command("run")(run.run)
+app.command("plan")(plan.plan)
+app.command("evaluate")(answers.evaluate)
+app.command("generate")(answers.generate)
+app.add_typer(data.app, name="data", help="Look at data before training on it.")
+app.add_typer(recipes.app, name="recipes", help="The recipes that come with mmpeft.")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mmpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log, and tracebacks of errors.")] = False,
+) -> None:
+    """Options of every command."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("mmpeft").setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Run the program and exit: 0 done, 1 failed, 2 wrong use or bad recipe, 3 bad data, 130 interrupted."""
+    verbose = "-v" in sys.argv[1:] or "--verbose" in sys.argv[1:]
+    try:
+        app()
+    except MMPeftError as error:
+        if verbose:
+            err.print_exception()
+        err.print(f"[bold red]error:[/] {type(error).__name__}")
+        err.print(str(error), markup=False, soft_wrap=True)
+        raise SystemExit(_status(error)) from None
+    except KeyboardInterrupt:
+        err.print("stopped; what had been written is kept, and the same command goes on from the last checkpoint")
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _status(error: MMPeftError) -> int:
+    if isinstance(error, RunInterrupted):
+        return EXIT_INTERRUPTED
+    if isinstance(error, RecipeError):
+        return EXIT_USAGE
+    return EXIT_DATA if isinstance(error, DataError) else EXIT_FAILED

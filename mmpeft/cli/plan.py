@@ -1,0 +1,51 @@
+"""`mmpeft plan RECIPE`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import mmpeft
+from mmpeft.cli.output import JsonOption, human, print_json
+from mmpeft.cli.run import SetOption
+from mmpeft.core.lazy import LazyModule
+
+pipeline = LazyModule("mmpeft.pipeline.run")
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each stage would train, and for how many steps, without training."""
+    stages = pipeline.plan(mmpeft.Recipe.from_yaml(recipe, tuple(set_ or ())))
+    if as_json:
+        print_json({"stages": stages})
+        return
+    for stage in stages:
+        human(as_json).print(_table(stage))
+
+
+def _table(stage: dict[str, Any]) -> Table:
+    batch = stage["batch"]
+    table = Table(
+        title=f"{stage['name']}: {stage['samples']} samples, {stage['steps']} steps of {batch['size']} "
+        f"({batch['micro']} at once, {batch['accumulation']} accumulated, {batch['processes']} process(es))",
+        title_justify="left",
+    )
+    table.add_column("part")
+    table.add_column("state")
+    for name in ("parameters", "trainable", "learning rate"):
+        table.add_column(name, justify="right")
+    for name, part in stage["parts"].items():
+        rate = part["learning_rate"]
+        table.add_row(
+            name,
+            part["state"],
+            f"{part['parameters']:,}",
+            f"{part['trainable']:,}",
+            "" if rate is None else f"{rate:g}",
+        )
+    return table

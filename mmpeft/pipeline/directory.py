@@ -1,0 +1,90 @@
+"""What a run writes, and where: the one place that knows the names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmpeft.core.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class StageDirectory:
+    """`stages/NN-name/` of a run."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter that this stage wrote."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The model that a stage with a tower `full` wrote."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The Trainer's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of JSON a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """`stage.json`; empty where there is none yet."""
+        file = self.path / "stage.json"
+        return read_json(file) if file.exists() else {}
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Replace `stage.json`."""
+        write_json(self.path / "stage.json", state)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The `output` of a recipe."""
+
+    path: Path
+
+    def stage(self, index: int, name: str) -> StageDirectory:
+        """The directory of a stage; `index` counts from 0, its name from 01."""
+        return StageDirectory(self.path / "stages" / f"{index + 1:02d}-{name}")
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as resolved."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def base_model(self) -> Path:
+        """The model that the recipe composed; absent where it names one."""
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The result."""
+        return self.path / "adapter"
+
+    @property
+    def plan(self) -> Path:
+        """What each stage trains, for how many steps."""
+        return self.path / "plan.json"
+
+    @property
+    def data(self) -> Path:
+        """Files, fingerprints, and every sample that was left out or cut."""
+        return self.path / "data.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores and answers, before and after each stage."""
+        return self.path / "evaluation.json"
+
+    @property
+    def facts(self) -> Path:
+        """Versions, hardware and duration."""
+        return self.path / "run.json"

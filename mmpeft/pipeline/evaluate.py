@@ -1,0 +1,75 @@
+"""Held-out questions answered and scored, shared out over the processes of a run."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from mmpeft.config.recipe import EvaluateConfig
+from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.evaluation.generate import answer_questions
+from mmpeft.evaluation.scores import score_answers
+
+
+def evaluate_model(
+    model: Any,
+    processor: Any,
+    dataset: MultimodalDataset,
+    *,
+    metrics: Sequence[str] = ("exact_match", "token_f1", "anls"),
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    limit: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Answer every question of a data set (greedy) and score the answers.
+
+    Args:
+        limit: only the first so many questions.
+        on_batch: called with the number of questions answered since the last call.
+
+    Returns:
+        `{"metrics": {name: value}, "by_kind": {kind: {...}}, "predictions": [...], "seconds": float}`; on
+        several processes each answers its share and all get the whole.
+    """
+    state = PartialState()
+    start = time.perf_counter()
+    questions = dataset.questions()[:limit]
+    mine = range(state.process_index, len(questions), state.num_processes)
+    with _autocast(model):
+        answers = answer_questions(
+            model,
+            processor,
+            [questions[index] for index in mine],
+            media_root=dataset.media_root,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+    pairs = list(zip(mine, answers, strict=True))
+    if state.num_processes > 1:
+        pairs = gather_object(pairs)
+    ordered = [text for _, text in sorted(pairs)]
+    return score_answers(questions, ordered, metrics) | {"seconds": time.perf_counter() - start}
+
+
+def evaluate_with(
+    config: EvaluateConfig, model: Any, processor: Any, dataset: MultimodalDataset, **options: Any
+) -> dict[str, Any]:
+    """`evaluate_model` as a recipe's `evaluate` block says."""
+    return evaluate_model(model, processor, dataset, **config.model_dump(), **options)
+
+
+@contextlib.contextmanager
+def _autocast(model: Any) -> Iterator[None]:
+    """Half-precision weights beside trained ones in float32 need autocast; float32 alone does not."""
+    parameter = next(model.get_base_model().parameters() if hasattr(model, "get_base_model") else model.parameters())
+    if parameter.dtype == torch.float32:
+        yield
+    else:
+        with torch.autocast(parameter.device.type, dtype=parameter.dtype):
+            yield

@@ -1,0 +1,74 @@
+"""Input hashes: what a stage depends on, so that it runs again when, and only when, one of these changed."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from mmpeft.config.recipe import ComposeConfig, Recipe, StageConfig
+from mmpeft.core.hashing import hash_file, hash_value
+from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.pipeline.facts import versions
+
+logger = logging.getLogger(__name__)
+
+LARGE_FILE = 64 * 2**20
+"""Bytes from which a file of a local model is known by size and time instead of its content."""
+
+
+def model_identity(name: str) -> Any:
+    """What stands for a model in a hash: contents of a local directory, or the cached commit of a hub id."""
+    path = Path(name)
+    if path.is_file():
+        return _file_identity(path)
+    if path.is_dir():
+        return {file.name: _file_identity(file) for file in sorted(path.iterdir()) if file.is_file()}
+    cached = try_to_load_from_cache(name, "config.json")
+    return [name, Path(cached).parent.name if isinstance(cached, str) else None]
+
+
+def _file_identity(path: Path) -> Any:
+    stat = path.stat()
+    return hash_file(path) if stat.st_size < LARGE_FILE else [stat.st_size, stat.st_mtime_ns]
+
+
+def base_hash(recipe: Recipe) -> str:
+    """Of the model that the first stage starts from."""
+    if isinstance(recipe.model, ComposeConfig):
+        sources = [recipe.model.vision] if isinstance(recipe.model.vision, str) else list(recipe.model.vision)
+        identities = [model_identity(name) for name in (*sources, recipe.model.language)]
+        return hash_value([recipe.model.model_dump(mode="json"), identities, recipe.seed])
+    return hash_value(model_identity(recipe.model))
+
+
+def data_hash(dataset: MultimodalDataset) -> str:
+    """Of a data set: its file's content, and size and time of each picture."""
+    pictures = {}
+    for index in range(len(dataset)):
+        for image in dataset.sample(index).images:
+            if image not in pictures:
+                stat = (dataset.media_root / image).stat()
+                pictures[image] = [stat.st_size, stat.st_mtime_ns]
+    return hash_value([dataset.fingerprint, pictures, len(dataset)])
+
+
+def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) -> str:
+    """Of a stage: `before` is the hash of the stage it follows, or of the base model."""
+    return hash_value(
+        {
+            "before": before,
+            "data": data,
+            "stage": stage.model_dump(mode="json"),
+            "max_length": recipe.data.max_length,
+            "batch": recipe.batch.size,
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+            "versions": {name: version for name, version in versions().items() if name != "datasets"},
+        }
+    )
+
+
+def evaluation_hash(recipe: Recipe, *, data: str, model: str) -> str:
+    """Of one evaluation: `model` is the hash of the stage, or base model, that answers."""
+    return hash_value([recipe.evaluate.model_dump(mode="json"), data, model])

@@ -1,0 +1,61 @@
+"""What a recipe will do, worked out before anything runs."""
+
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import PartialState
+
+from mmpeft.config.recipe import Recipe, StageConfig
+from mmpeft.config.train import PartTraining
+from mmpeft.core.types import Part
+from mmpeft.methods.attach import get_peft_model, trains_tower
+from mmpeft.methods.plan import describe_training
+from mmpeft.pipeline.arguments import count_steps, learning_rates, plan_batch
+from mmpeft.pipeline.base import skeleton
+
+
+def carry_forward(carried: dict[Part, PartTraining], stage: StageConfig) -> dict[Part, PartTraining]:
+    """How the parts of the adapter after a stage were trained, given those of the adapter before it."""
+    if trains_tower(stage.train):
+        return {}
+    return {**carried, **{part: training for part, training in stage.train.items() if training != "frozen"}}
+
+
+def plan_stages(recipe: Recipe, base: str, samples: int) -> list[dict[str, Any]]:
+    """For each stage its samples, steps, batch and the table of parts, as plan.json holds them.
+
+    Raises:
+        RecipeError: a stage's `train` block does not fit the model, or the batch the processes.
+    """
+    batch = plan_batch(recipe, PartialState().num_processes)
+    carried: dict[Part, PartTraining] = {}
+    rows = []
+    for stage in recipe.stages:
+        model = get_peft_model(
+            skeleton(base, trust_remote_code=recipe.trust_remote_code),
+            _without_init(stage.train),
+            carried=carried,
+        )
+        rows.append(
+            {
+                "name": stage.name,
+                "samples": samples,
+                "steps": count_steps(stage, samples, batch.size),
+                "epochs": stage.epochs,
+                "batch": asdict(batch),
+                "parts": describe_training(model, stage.train, learning_rates(stage)).to_dict(),
+            }
+        )
+        carried = {part: _plain(training) for part, training in carry_forward(carried, stage).items()}
+    return rows
+
+
+def _without_init(train: dict[Part, PartTraining]) -> dict[Part, PartTraining]:
+    # PiSSA and OLoRA decompose weights, and a model on the meta device has none.
+    return {part: _plain(training) for part, training in train.items()}
+
+
+def _plain(training: PartTraining) -> PartTraining:
+    if isinstance(training, dict):
+        return {key: value for key, value in training.items() if key != "init_lora_weights"}
+    return training

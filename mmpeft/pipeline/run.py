@@ -1,0 +1,315 @@
+"""A recipe from end to end: data, stages, evaluation, adapter, report."""
+
+import datetime
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+
+from mmpeft.config.recipe import Recipe, StageConfig
+from mmpeft.config.train import PartTraining
+from mmpeft.core.errors import RecipeError
+from mmpeft.core.files import ensure_directory, read_json, write_json, write_text
+from mmpeft.core.memory import peak_memory_bytes
+from mmpeft.core.types import Part
+from mmpeft.data.dataset import MultimodalDataset, load_dataset
+from mmpeft.export.card import render_card
+from mmpeft.families.registry import family_of
+from mmpeft.methods.checkpoint import FACTS_NAME, copy_adapter
+from mmpeft.models.load import load_model, load_processor
+from mmpeft.pipeline.base import resolve_base, skeleton
+from mmpeft.pipeline.directory import RunDirectory, StageDirectory
+from mmpeft.pipeline.evaluate import evaluate_with
+from mmpeft.pipeline.facts import hardware, versions
+from mmpeft.pipeline.inputs import base_hash, data_hash, evaluation_hash, stage_hash
+from mmpeft.pipeline.plan import carry_forward, plan_stages
+from mmpeft.pipeline.report import write_report
+from mmpeft.pipeline.stage import StageStart, prepare_stage, run_stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run has made.
+
+    Attributes:
+        output: its directory.
+        result: the adapter directory; the model directory where the last stage trained a tower `full`.
+        report: report.html.
+        stages: for each stage `{"name", "status": "trained" | "unchanged", "figures": {...}}`.
+        scores: `{"before" | stage | "after": {metric: value}}`; empty without held-out data.
+    """
+
+    output: Path
+    result: Path
+    report: Path
+    stages: tuple[Mapping[str, Any], ...]
+    scores: Mapping[str, Mapping[str, float]]
+
+
+def run(recipe: Recipe, *, resume: bool = True, until: str | None = None, console: Console | None = None) -> RunResult:
+    """Run all stages of a recipe; what has not changed since the last run is not done again.
+
+    Args:
+        resume: go on from the last checkpoint of a stage that was stopped; False starts such a stage over.
+        until: stop after the stage of this name.
+        console: where progress is shown; default: nowhere.
+
+    Raises:
+        MMPeftError: of the recipe, the data, the model or the output; see its message.
+        RunInterrupted: Ctrl-C; the same call goes on from the checkpoint.
+    """
+    state = PartialState(cpu=recipe.device == "cpu")
+    quiet = console is None or not state.is_main_process
+    session = _Run(recipe, console=Console(quiet=True) if quiet else console or Console())
+    names = [stage.name for stage in recipe.stages]
+    if until is not None and until not in names:
+        raise RecipeError(f"no stage {until!r} in the recipe; it has: {', '.join(names)}")
+    session.prepare()
+    try:
+        session.evaluate_base()
+        for index, stage in enumerate(recipe.stages):
+            session.advance(index, stage, resume=resume)
+            if stage.name == until:
+                break
+        return session.finish()
+    finally:
+        session.record()
+
+
+def plan(recipe: Recipe) -> list[dict[str, Any]]:
+    """What each stage would train and for how many steps, as plan.json holds it; trains nothing.
+
+    Raises:
+        MMPeftError: of the recipe, the data or the model, as `run` would raise it before training.
+    """
+    PartialState(cpu=recipe.device == "cpu")
+    session = _Run(recipe, console=Console(quiet=True))
+    session.prepare()
+    return list(session.plan.values())
+
+
+@dataclass
+class _Position:
+    """How far a run has come: what the next stage starts from."""
+
+    base: str
+    input_hash: str
+    adapter: Path | None = None
+    carried: dict[Part, PartTraining] = field(default_factory=dict)
+
+    @property
+    def result(self) -> Path:
+        return self.adapter or Path(self.base)
+
+
+class _Run:
+    """One run of a recipe; each method is one act of it."""
+
+    def __init__(self, recipe: Recipe, *, console: Console) -> None:
+        self.recipe, self.console = recipe, console
+        self.state = PartialState()
+        self.directory = RunDirectory(recipe.output)
+        self.begin, self.started = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
+        self.stages: list[dict[str, Any]] = []
+        self.evaluations: dict[str, Any] = {}
+        self.last = "before"
+
+    def prepare(self) -> None:
+        """Everything that can fail before anything is trained: output, base, data, plan."""
+        recipe, directory = self.recipe, self.directory
+        if self.state.is_main_process:
+            ensure_directory(directory.path)
+            write_text(directory.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+        identity = base_hash(recipe)
+        base = resolve_base(recipe, directory.base_model, identity)
+        self.position = _Position(base=base, input_hash=identity)
+        self.processor = load_processor(base, trust_remote_code=recipe.trust_remote_code)
+        with self.state.main_process_first():
+            self.train = self._load(recipe.data.train)
+            self.eval = self._load(recipe.data.eval) if recipe.data.eval is not None else None
+        self.hashes = {id(data): data_hash(data) for data in (self.train, self.eval) if data is not None}
+        plan = plan_stages(recipe, base, len(self.train))
+        if self.state.is_main_process:
+            write_json(directory.plan, {"stages": plan})
+            write_json(directory.data, {"train": _describe(self.train), "eval": self.eval and _describe(self.eval)})
+        self.plan = {row["name"]: row for row in plan}
+        stored = read_json(directory.evaluation) if directory.evaluation.exists() else {}
+        kept = ("before", *(stage.name for stage in recipe.stages))
+        self.stored = {name: stored[name] for name in kept if name in stored}
+        self.state.wait_for_everyone()
+
+    def evaluate_base(self) -> None:
+        """Answers before anything is trained."""
+        self._evaluate("before", None)
+
+    def _load(self, path: Path) -> MultimodalDataset:
+        data = self.recipe.data
+        return load_dataset(
+            path,
+            media_root=data.media_root,
+            processor=self.processor,
+            max_length=data.max_length,
+            on_error=data.on_error,
+            max_skipped=data.max_skipped,
+        )
+
+    def advance(self, index: int, stage: StageConfig, *, resume: bool) -> None:
+        """Train one stage, or find that it is done, and evaluate what came out."""
+        folder = self.directory.stage(index, stage.name)
+        start = StageStart(base=self.position.base, adapter=self.position.adapter, carried=self.position.carried)
+        input_hash = stage_hash(self.recipe, stage, data=self.hashes[id(self.train)], before=self.position.input_hash)
+        found = folder.state
+        unchanged = found.get("input_hash") == input_hash
+        self.state.wait_for_everyone()
+        model = None
+        if unchanged and found.get("status") == "done" and (folder.adapter.exists() or folder.model.exists()):
+            self.console.print(f"  {stage.name}: unchanged since it was trained")
+            self.stages.append({"name": stage.name, "status": "unchanged", "figures": found.get("figures", {})})
+        else:
+            self._announce(stage)
+            prepared = prepare_stage(self.recipe, stage, start, seed=self.recipe.seed + index)
+            output = "adapter" if hasattr(prepared.model, "peft_config") else "model"
+            run_stage(
+                self.recipe,
+                stage,
+                prepared,
+                self.train,
+                folder=folder,
+                state={"name": stage.name, "index": index, "input_hash": input_hash, "output": output},
+                resume=resume and unchanged,
+                console=self.console,
+            )
+            model = prepared.model
+            self.stages.append({"name": stage.name, "status": "trained", "figures": folder.state["figures"]})
+        self._move_on(stage, folder, input_hash)
+        self._evaluate(stage.name, model)
+        self.last = stage.name
+
+    def _announce(self, stage: StageConfig) -> None:
+        row = self.plan[stage.name]
+        parts = ", ".join(
+            f"{name} {part['trainable'] / 1e6:.2f} M at {part['learning_rate']:g}"
+            for name, part in row["parts"].items()
+            if part["trainable"]
+        )
+        self.console.print(
+            f"[bold]{stage.name}[/bold]: {parts} · {row['steps']} steps of {row['batch']['size']} samples"
+        )
+
+    def _move_on(self, stage: StageConfig, folder: StageDirectory, input_hash: str) -> None:
+        position = self.position
+        carried = carry_forward(position.carried, stage)
+        if folder.adapter.exists():
+            self.position = _Position(
+                base=position.base, input_hash=input_hash, adapter=folder.adapter, carried=carried
+            )
+        else:
+            self.position = _Position(base=str(folder.model.resolve()), input_hash=input_hash)
+
+    def _evaluate(self, name: str, model: Any) -> None:
+        """Answer the held-out questions unless the same model has answered the same ones already."""
+        if self.eval is None:
+            return
+        wanted = evaluation_hash(self.recipe, data=self.hashes[id(self.eval)], model=self.position.input_hash)
+        if self.stored.get(name, {}).get("input_hash") == wanted:
+            self.evaluations[name] = self.stored[name]
+            return
+        if model is None:
+            model, _ = load_model(
+                self.position.base,
+                adapter=str(self.position.adapter) if self.position.adapter else None,
+                device="cpu",
+                dtype=self._dtype(),
+                trust_remote_code=self.recipe.trust_remote_code,
+            )
+        model = model.to(self.state.device)
+        with self.console.status(f"answering the held-out questions ({name}) …"):
+            scores = evaluate_with(self.recipe.evaluate, model, self.processor, self.eval)
+        self.evaluations[name] = {**scores, "input_hash": wanted}
+        self._write_evaluations()
+        figures = " · ".join(f"{metric} {value:.3f}" for metric, value in scores["metrics"].items())
+        self.console.print(f"  held out, {name}: {figures} ({scores['seconds']:.0f} s)")
+
+    def _dtype(self) -> str:
+        on_cpu = self.state.device.type == "cpu"
+        return "float32" if self.recipe.dtype == "auto" and on_cpu else self.recipe.dtype
+
+    def _write_evaluations(self, **extra: Any) -> None:
+        if self.state.is_main_process:
+            write_json(self.directory.evaluation, {**self.evaluations, **extra})
+
+    def finish(self) -> RunResult:
+        """The adapter under its final name, with its facts and card."""
+        if self.eval is not None:
+            self.evaluations["after"] = self.evaluations[self.last]
+            self._write_evaluations()
+        result = self.position.result
+        if self.position.adapter is not None:
+            result = self.directory.adapter
+            facts = self._facts()
+            current = result / FACTS_NAME
+            if self.state.is_main_process and not (current.exists() and read_json(current) == facts):
+                copy_adapter(self.position.adapter, result, facts=facts, card=render_card(facts))
+        self.state.wait_for_everyone()
+        return RunResult(
+            output=self.directory.path,
+            result=result,
+            report=self.directory.path / "report.html",
+            stages=tuple(self.stages),
+            scores={name: entry["metrics"] for name, entry in self.evaluations.items()},
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        scored = {name: self.evaluations[name] for name in ("before", "after") if name in self.evaluations}
+        model = skeleton(self.position.base, trust_remote_code=self.recipe.trust_remote_code)
+        return {
+            "mmpeft_version": versions()["mmpeft"],
+            "input_hash": self.position.input_hash,
+            "base_model": self.position.base,
+            "family": family_of(model).name,
+            "recipe": self.recipe.to_dict(),
+            "stages": [stage["name"] for stage in self.stages],
+            "parts": self.plan[self.last]["parts"],
+            "data": read_json(self.directory.data),
+            "versions": versions(),
+            "metrics": {name: entry["metrics"] for name, entry in scored.items()},
+            "by_kind": {name: entry["by_kind"] for name, entry in scored.items()},
+        }
+
+    def record(self) -> None:
+        """run.json and the report, of a run that ended or broke off."""
+        if not self.state.is_main_process:
+            return
+        trained = any(stage["status"] == "trained" for stage in self.stages)
+        if trained or not self.directory.facts.exists():
+            write_json(
+                self.directory.facts,
+                {
+                    "versions": versions(),
+                    "device": self.state.device.type,
+                    "processes": self.state.num_processes,
+                    "hardware": hardware(self.state.device),
+                    "started": self.started.isoformat(timespec="seconds"),
+                    "seconds": time.perf_counter() - self.begin,
+                    "peak_memory_bytes": peak_memory_bytes(self.state.device.type),
+                },
+            )
+        write_report(self.directory.path)
+
+
+def _describe(dataset: MultimodalDataset) -> dict[str, Any]:
+    return {
+        "file": str(dataset.path),
+        "media_root": str(dataset.media_root),
+        "samples": len(dataset),
+        "fingerprint": dataset.fingerprint,
+        "skipped": [vars(skipped) for skipped in dataset.skipped],
+    }

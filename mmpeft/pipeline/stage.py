@@ -1,0 +1,210 @@
+"""One stage from its inputs to its adapter (or model) on disk."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.console import Console
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from mmpeft.config.recipe import Recipe, StageConfig
+from mmpeft.config.train import PartTraining
+from mmpeft.core.errors import RunInterrupted
+from mmpeft.core.memory import peak_memory_bytes
+from mmpeft.core.types import Part
+from mmpeft.data.collate import MultimodalCollator
+from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.methods.attach import get_peft_model, trains_tower
+from mmpeft.methods.checkpoint import (
+    InitialLora,
+    carry_over,
+    initial_lora,
+    remove_directory,
+    save_adapter,
+    save_model,
+)
+from mmpeft.methods.plan import TrainingPlan, describe_training
+from mmpeft.models.load import load_model
+from mmpeft.pipeline.arguments import Batch, count_steps, learning_rates, plan_batch, training_arguments
+from mmpeft.pipeline.directory import StageDirectory
+from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
+from mmpeft.training.progress import ProgressDisplay
+from mmpeft.training.resume import last_checkpoint
+from mmpeft.training.trainer import MultimodalTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStart:
+    """What a stage starts from.
+
+    Attributes:
+        base: model directory or hub id.
+        adapter: adapter of the stage before, on the same base; None for the first.
+        carried: how earlier stages trained each part of that adapter.
+    """
+
+    base: str
+    adapter: Path | None = None
+    carried: Mapping[Part, PartTraining]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedStage:
+    """A model ready to train.
+
+    Attributes:
+        model: a `PeftModel`, or a plain model whose tower trains `full`.
+        dtype: of the base weights.
+        initial: LoRA matrices before training, where their initialisation changed the base.
+    """
+
+    model: Any
+    processor: Any
+    plan: TrainingPlan
+    dtype: torch.dtype
+    initial: InitialLora | None
+
+
+def prepare_stage(recipe: Recipe, stage: StageConfig, start: StageStart, *, seed: int) -> PreparedStage:
+    """Load the base, carry the stage before over, and attach what this stage trains.
+
+    Raises:
+        RecipeError, AdapterError, ModelError: what the recipe asks does not fit the model.
+    """
+    on_cpu = PartialState().device.type == "cpu"
+    dtype = "float32" if recipe.dtype == "auto" and on_cpu else recipe.dtype
+    model, processor = load_model(start.base, device="cpu", dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    base_dtype = model.dtype
+    if start.adapter is not None and trains_tower(stage.train):
+        model = PeftModel.from_pretrained(model, str(start.adapter)).merge_and_unload()
+    set_seed(seed)
+    prepared = get_peft_model(model, stage.train, carried=start.carried)
+    if start.adapter is not None and isinstance(prepared, PeftModel):
+        carry_over(prepared, start.adapter)
+    return PreparedStage(
+        model=prepared,
+        processor=processor,
+        plan=describe_training(prepared, stage.train, learning_rates(stage)),
+        dtype=base_dtype,
+        initial=initial_lora(prepared) if isinstance(prepared, PeftModel) else None,
+    )
+
+
+def run_stage(
+    recipe: Recipe,
+    stage: StageConfig,
+    prepared: PreparedStage,
+    dataset: MultimodalDataset,
+    *,
+    folder: StageDirectory,
+    state: Mapping[str, Any],
+    resume: bool,
+    console: Console,
+) -> None:
+    """Train a prepared stage and write its result, with `stage.json` telling how far it came.
+
+    Args:
+        state: what `stage.json` says beside status and figures: name, index, input hash.
+        resume: go on from the newest whole checkpoint in `folder`, if there is one.
+
+    Raises:
+        RunInterrupted: Ctrl-C; a checkpoint has been written.
+        OutputError: the result or a checkpoint could not be written.
+    """
+    main = PartialState().is_main_process
+    batch = plan_batch(recipe, PartialState().num_processes)
+    steps = count_steps(stage, len(dataset), batch.size)
+    checkpoint, done = (last_checkpoint(folder.checkpoints) if resume else None) or (None, None)
+    state = {**state, "status": "running", "resumed_from": done}
+    PartialState().wait_for_everyone()
+    if main:
+        if checkpoint is None:
+            remove_directory(folder.path)
+        else:
+            console.print(f"  {stage.name}: goes on from step {done} of {steps}")
+        folder.write_state(state)
+    interrupt = StopOnInterrupt(notify=console.print)
+    display = ProgressDisplay(stage.name, console)
+    trainer = _trainer(recipe, stage, prepared, dataset, folder=folder, batch=batch, steps=steps)
+    for callback in (MetricsFile(folder.metrics), display, interrupt):
+        trainer.add_callback(callback)
+    begin = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except BaseException:
+        if main:
+            folder.write_state({**state, "status": "failed"})
+        raise
+    finally:
+        display.close()
+        interrupt.release()
+    if interrupt.interrupted and trainer.state.global_step < steps:
+        if main:
+            folder.write_state({**state, "status": "interrupted"})
+        raise RunInterrupted(
+            f"stopped after step {trainer.state.global_step} of {steps} of stage {stage.name!r}; "
+            "its checkpoint is written, and the same command goes on from there"
+        )
+    figures = _figures(trainer, prepared.plan, seconds=time.perf_counter() - begin)
+    if main:
+        _write_result(stage, prepared, folder)
+        folder.write_state({**state, "status": "done", "figures": figures})
+    PartialState().wait_for_everyone()
+
+
+def _trainer(
+    recipe: Recipe,
+    stage: StageConfig,
+    prepared: PreparedStage,
+    dataset: MultimodalDataset,
+    *,
+    folder: StageDirectory,
+    batch: Batch,
+    steps: int,
+) -> MultimodalTrainer:
+    args = training_arguments(recipe, stage, output=folder.checkpoints, batch=batch, steps=steps, dtype=prepared.dtype)
+    trainer = MultimodalTrainer(
+        model=prepared.model,
+        args=args,
+        train_dataset=dataset,
+        # Label smoothing reads the logits of every position.
+        data_collator=MultimodalCollator(prepared.processor, supervised_only=args.label_smoothing_factor == 0),
+        learning_rates=learning_rates(stage),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) -> dict[str, Any]:
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {
+        "steps": trainer.state.global_step,
+        "samples": trainer.samples_trained,
+        "tokens": trainer.tokens_trained,
+        "seconds": seconds,
+        "samples_per_second": trainer.samples_trained / seconds,
+        "tokens_per_second": trainer.tokens_trained / seconds,
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
+        "final_loss": losses[-1] if losses else None,
+        "trainable_parameters": plan.trainable,
+        "total_parameters": plan.total,
+    }
+
+
+def _write_result(stage: StageConfig, prepared: PreparedStage, folder: StageDirectory) -> None:
+    if isinstance(prepared.model, PeftModel):
+        save_adapter(prepared.model, folder.adapter, processor=prepared.processor, initial=prepared.initial)
+    else:
+        save_model(prepared.model, folder.model, processor=prepared.processor)
+    if not {"save_strategy", "save_steps", "save_total_limit"}.intersection(stage.trainer):
+        remove_directory(folder.checkpoints)
+        logger.info("stage %s is done; its checkpoints are removed", stage.name)

@@ -1,0 +1,146 @@
+"""`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mmpeft.core.files import writing
+from mmpeft.core.memory import peak_memory_bytes
+from mmpeft.core.types import Part
+from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler
+from mmpeft.methods.checkpoint import remove_directory, write_peft_files
+from mmpeft.training.parts import parameter_groups, rates_now
+
+
+class MultimodalTrainer(Trainer):
+    """An HF Trainer for multimodal models.
+
+    On one process its losses are those of `transformers.Trainer` with the same collator. Beyond it:
+    a learning rate by part, global batches that stay the same on any number of processes, checkpoints that
+    are whole or absent, and logs with samples/s, tokens/s, memory and the rate of each part.
+
+    Args:
+        learning_rates: peak learning rate by part; default: `args.learning_rate` for all that trains.
+        *args, **kwargs: those of `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any) -> None:
+        self.learning_rates = learning_rates
+        super().__init__(*args, **kwargs)
+        self._tokens: torch.Tensor | int = 0
+        self._samples = 0
+        self._window_start = time.perf_counter()
+        self._window_tokens = self._window_samples = 0
+        self.tokens_trained = self.samples_trained = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that `args.optim` names, over groups by part where rates by part were given."""
+        target: Any = self.model if model is None else model
+        if self.learning_rates is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+        groups = parameter_groups(
+            target,
+            self.learning_rates,
+            decay=self.get_decay_parameter_names(target),
+            weight_decay=self.args.weight_decay,
+        )
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own on one process; on several, one whose global batches are the same as on one."""
+        dataset: Any = self.train_dataset
+        if self.args.world_size == 1 or not hasattr(dataset, "__len__"):
+            return super().get_train_dataloader()
+        sampler = GlobalBatchSampler(
+            length=len(dataset),
+            micro=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            world=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+        return _EpochLoader(
+            BlankedDataset(dataset),
+            batch_sampler=sampler,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
+        self._samples += len(inputs["input_ids"])
+        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with speed and memory since the last time and the learning rate of each part."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            counts = torch.tensor([float(self._samples), float(self._tokens)], device=self.args.device)
+            samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+            seconds = max(now - self._window_start, 1e-9)
+            logs["samples_per_second"] = (samples - self._window_samples) / seconds
+            logs["tokens_per_second"] = (tokens - self._window_tokens) / seconds
+            logs["memory_bytes"] = peak_memory_bytes(self.args.device.type)
+            self._window_start, self._window_samples, self._window_tokens = now, int(samples), int(tokens)
+            self.samples_trained, self.tokens_trained = int(samples), int(tokens)
+            if self.learning_rates is not None and self.optimizer is not None:
+                rates = rates_now(self.optimizer.param_groups, logs["learning_rate"])
+                logs |= {f"learning_rate/{part}": rate for part, rate in rates.items()}
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`; speed is counted from here."""
+        self._window_start = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint; where that fails, remove what there is of it and say why.
+
+        Raises:
+            OutputError: the place cannot be written, for instance because the disk is full.
+        """
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+        except Exception:
+            remove_directory(folder)
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_peft_files(self.model, folder, state_dict)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # PEFT switches gradients on for all that an adapter holds; what was frozen has to stay so.
+        own: Any = self.model
+        trained = {name: parameter.requires_grad for name, parameter in own.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in own.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+class _EpochLoader(DataLoader):
+    """A DataLoader that hands the Trainer's epoch on to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -1,0 +1,159 @@
+import pytest
+import yaml
+
+from mmpeft.config.recipe import Recipe
+from mmpeft.core.errors import RecipeError
+
+MINIMAL = {"model": "some/model", "data": {"train": "train.json"}, "stages": "two-stage"}
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(tmp_path, text):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(write(tmp_path, text))
+    return str(caught.value)
+
+
+def test_three_keys_suffice_and_the_rest_has_defaults():
+    recipe = Recipe.from_dict(MINIMAL)
+    assert [stage.name for stage in recipe.stages] == ["projector", "language"]
+    assert recipe.stages[1].train == {"projector": "full", "language": {"r": 16, "lora_alpha": 32}}
+    assert recipe.batch.size == 16
+
+
+def test_a_recipe_survives_the_way_through_yaml(tmp_path):
+    recipe = Recipe.from_dict(MINIMAL | {"model": {"vision": "图/塔", "language": "b"}})
+    path = write(tmp_path, yaml.safe_dump(recipe.to_dict(), allow_unicode=True))
+    assert Recipe.from_yaml(path) == recipe
+
+
+def test_three_mistakes_get_three_messages_each_with_line_key_finding_and_nearest_name(tmp_path):
+    text = """\
+model: some/model
+data:
+  train: train.json
+  on_eror: skip
+stages:
+  - name: projector
+    train: {projektor: full}
+    learning_rte: 1e-3
+"""
+    message = problems(tmp_path, text)
+    assert "3 problems" in message
+    assert "line 4: data.on_eror: unknown key; did you mean 'on_error'?" in message
+    assert "line 7: stages[0].train.projektor: unknown part 'projektor'; did you mean 'projector'?" in message
+    assert "line 8: stages[0].learning_rte: unknown key; did you mean 'learning_rate'?" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stages": "two-stag"}, "stages: unknown preset 'two-stag'; did you mean 'two-stage'?"),
+        ({"batch": {"size": 0}}, "batch.size: found 0; input should be greater than or equal to 1"),
+        (
+            {"data": {"train": "t", "on_error": "skp"}},
+            "data.on_error: found 'skp'; expected 'error' or 'skip'",
+        ),
+        ({"model": {"vison": "a", "language": "b"}}, "model.vison: unknown key; did you mean 'vision'?"),
+        ({"model": 3}, "model: found 3; input should be a valid string"),
+        ({"stages": []}, "stages: "),
+        ({"dtype": "float23"}, "did you mean 'float32'?"),
+    ],
+)
+def test_a_wrong_value_is_named(change, said):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict(MINIMAL | change)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({"train": {"language": {"rnk": 4}}}, "train.language.rnk: unknown LoRA field 'rnk'"),
+        (
+            {"train": {"language": {"r": 0}}},
+            "train.language.r: found 0; expected a whole number of at least 1",
+        ),
+        ({"train": {"language": "ful"}}, "found 'ful'; expected 'full', 'frozen' or LoRA fields"),
+        ({"train": {"language": "frozen"}}, "nothing would be trained"),
+        ({"train": {"language": {"r": 4, "init_lora_weights": "eva"}}}, "needs a pass over data"),
+        ({"train": {"language": {"r": 4, "modules_to_save": ["x"]}}}, "give the projector `full` instead"),
+        (
+            {"train": {"language": {"r": 4}}, "learning_rate": {"projector": 1e-3}},
+            "learning_rate.projector: projector is not trained in this stage; trained: language",
+        ),
+        (
+            {"train": {"language": {"r": 4}}, "trainer": {"seed": 1}},
+            "trainer.seed: is set elsewhere in the recipe: seed",
+        ),
+        (
+            {"train": {"language": {"r": 4}}, "trainer": {"warmup_ratio": 1}},
+            "`warmup_steps` below 1 is the same ratio",
+        ),
+        (
+            {"train": {"language": {"r": 4}}, "trainer": {"lr_schedulr_type": "cosine"}},
+            "unknown training argument; did you mean 'lr_scheduler_type'?",
+        ),
+        ({"train": {"language": {"r": 4}}, "name": "before"}, "the name 'before' is taken"),
+    ],
+)
+def test_a_wrong_stage_is_named(stage, said):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict(MINIMAL | {"stages": [{"name": "one", **stage}]})
+    assert said in str(caught.value)
+
+
+def test_overrides_reach_by_key_by_index_and_by_stage_name(tmp_path):
+    path = write(tmp_path, "model: m\ndata: {train: t}\nstages:\n  - {name: a, train: {projector: full}}\n")
+    recipe = Recipe.from_yaml(path, ("batch.size=8", "stages.a.learning_rate=1e-3", "stages.0.max_steps=5"))
+    assert (recipe.batch.size, recipe.stages[0].learning_rate, recipe.stages[0].max_steps) == (8, 1e-3, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch", "expected key=value"),
+        ("stages.b.epochs=1", "no item 'b' in a list of 1"),
+        ("stages.a.epochs.x=1", r"stages\[0\].epochs: found \{'x': 1\}"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_named(tmp_path, override, said):
+    path = write(tmp_path, "model: m\ndata: {train: t}\nstages:\n  - {name: a, train: {projector: full}}\n")
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_yaml(path, (override,))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- a\n", "expected keys such as `model:`"),
+        ("model: a\nmodel: b\n", r"recipe.yaml:2: the key 'model' stands twice, first on line 1"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, said):
+    assert said in problems(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no such recipe"):
+        Recipe.from_yaml(tmp_path / "nothing.yaml")
+
+
+def test_floats_are_read_as_yaml_1_2_does(tmp_path):
+    path = write(
+        tmp_path,
+        "model: m\ndata: {train: t}\nstages:\n"
+        "  - {name: a, train: {projector: full}, learning_rate: 1e-3, trainer: {adam_epsilon: 1e-6}}\n",
+    )
+    assert Recipe.from_yaml(path).stages[0].trainer["adam_epsilon"] == 1e-6
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(Exception, match="frozen"):
+        Recipe.from_dict(MINIMAL).seed = 3
