@@ -1,0 +1,172 @@
+r"""A conversation as the model's chat template writes it, and where the assistant's turns stand in that text.
+
+    messages[:k], prompted   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
+    messages[:k + 1]         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
+    the span, by difference                                                       ^^^^^^^^^^^^^^^^^
+
+So the span is what the model writes at inference after the same prompt, whatever the template and whether or not
+it marks `{% generation %}`.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from mmpeft.core.errors import DataError, ModelError
+from mmpeft.data.types import IMAGE_PLACEHOLDER, Turn
+
+_CACHED = 16
+"""Processors whose facts are kept; more than a process ever holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlTokens:
+    """The tokens of a tokenizer that no text of a data file may hold, for they would forge turns or pictures.
+
+    Attributes:
+        ids: of all special tokens.
+        pattern: matches any of them in a text.
+        image: the text by which a chat template marks a picture, and its id.
+    """
+
+    ids: frozenset[int]
+    pattern: re.Pattern[str]
+    image: str
+    image_id: int
+
+
+def control_tokens(processor: Any) -> ControlTokens:
+    """The control tokens of a processor.
+
+    Raises:
+        ModelError: the processor has no picture token.
+    """
+    return _control_tokens(processor, len(processor.tokenizer))
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _control_tokens(processor: Any, vocabulary: int) -> ControlTokens:
+    image = getattr(processor, "image_token", None)
+    if not image:
+        name = type(processor).__name__
+        raise ModelError(f"{name} has no picture token (`image_token`); expected a multimodal processor")
+    added = processor.tokenizer.added_tokens_decoder
+    texts = {token.content for token in added.values() if token.special}
+    texts.update(processor.tokenizer.all_special_tokens, [image])
+    ids = {identifier for identifier, token in added.items() if token.special}
+    ids.update(processor.tokenizer.all_special_ids)
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return ControlTokens(
+        ids=frozenset(ids),
+        pattern=re.compile("|".join(map(re.escape, longest_first))),
+        image=image,
+        image_id=processor.tokenizer.convert_tokens_to_ids(image),
+    )
+
+
+def check_texts(processor: Any, turns: Sequence[Turn]) -> None:
+    """Refuse a text that holds a control token: tokenised, it would be a turn's end or a picture, not text.
+
+    Raises:
+        DataError: names the turn, the token and the fix.
+    """
+    pattern = control_tokens(processor).pattern
+    for number, turn in enumerate(turns):
+        for piece in turn.text.split(IMAGE_PLACEHOLDER):
+            if found := pattern.search(piece):
+                token = found.group()
+                raise DataError(
+                    f"the text of turn {number} ({turn.role}) holds {token!r}, a control token of this model, which "
+                    f"would forge a turn or a picture; write it otherwise (say {token[:1] + ' ' + token[1:]!r}), "
+                    "or leave the sample out"
+                )
+
+
+def render_chat(processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+    r"""The conversation as the processor's chat template writes it, one picture token a picture.
+
+    A newline of the data file after `<image>` is left out where the template itself writes one after a picture
+    (LLaVA 1.5's does), so that `<image>\nWhat is it?` becomes what the model was trained on.
+
+    Raises:
+        DataError: the template refuses these turns, or writes a list of content as Python text.
+        ModelError: the processor has no chat template.
+    """
+    newline = IMAGE_PLACEHOLDER in "".join(turn.text for turn in turns) and _newline_after_picture(
+        processor, str(getattr(processor, "chat_template", None))
+    )
+    return _render(processor, [_message(turn, newline) for turn in turns], add_generation_prompt)
+
+
+def _message(turn: Turn, newline: bool) -> dict[str, Any]:
+    items: list[dict[str, str]] = []
+    for number, piece in enumerate(turn.text.split(IMAGE_PLACEHOLDER)):
+        if number:
+            items.append({"type": "image"})
+            piece = piece.removeprefix("\n") if newline else piece
+        if piece:
+            items.append({"type": "text", "text": piece})
+    return {"role": turn.role, "content": items}
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _newline_after_picture(processor: Any, template: str) -> bool:
+    # `template` is there for the cache: a processor whose template was changed is asked again.
+    probe = Turn(role="user", text=f"{IMAGE_PLACEHOLDER}x")
+    text = _render(processor, [_message(probe, False)], False)
+    return f"{processor.image_token}\n" in text
+
+
+def _render(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    template = None if getattr(processor, "chat_template", None) else processor.tokenizer.chat_template
+    if template is None and not getattr(processor, "chat_template", None):
+        raise ModelError("the processor has no chat template; set processor.chat_template, or give one in the recipe")
+    try:
+        text = processor.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template does not take this conversation: {error}; {_NEEDED}") from error
+    if "{'type': 'text'" in text and not any(
+        "{'type': 'text'" in item.get("text", "") for message in messages for item in message["content"]
+    ):
+        raise DataError(f"the chat template writes a message's content as a Python list; {_NEEDED}")
+    return text
+
+
+_NEEDED = "it must take messages whose content is a list of {'type': 'image'} and {'type': 'text', 'text': …}"
+
+
+def assistant_spans(processor: Any, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+    """The whole conversation's text, and the characters [start, end) of each assistant turn in it.
+
+    Raises:
+        DataError: the template writes earlier turns differently once later ones follow, so that no prompt of
+            inference is what the model would be trained on; or as `render_chat`.
+    """
+    text = render_chat(processor, turns, add_generation_prompt=False)
+    spans = []
+    for number, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        prompt = render_chat(processor, turns[:number], add_generation_prompt=True)
+        whole = number + 1 == len(turns)
+        answered = text if whole else render_chat(processor, turns[: number + 1], add_generation_prompt=False)
+        if not answered.startswith(prompt) or not text.startswith(answered):
+            raise DataError(
+                f"the chat template writes the turns before turn {number} differently once it has been answered "
+                f"(around {_parting(answered, prompt, text)!r}); use a template that only appends"
+            )
+        spans.append((len(prompt), len(answered)))
+    return text, spans
+
+
+def _parting(answered: str, prompt: str, text: str) -> str:
+    """What stands where the texts part, for a message."""
+    one, other = (answered, prompt) if not answered.startswith(prompt) else (text, answered)
+    at = next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    return one[max(0, at - 15) : at + 15]

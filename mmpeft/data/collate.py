@@ -1,0 +1,76 @@
+"""Samples of unequal length as one batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.data.encode import Encoded
+
+
+class MultimodalCollator:
+    """A `data_collator` for `transformers.Trainer` and `mmpeft.MultimodalTrainer`.
+
+    Rows are padded on the right; pictures of all samples stand in one tensor, in order:
+
+        input_ids       [rows, columns]     a b p p c d - -     labels  . . . . c d . .
+                                            e f g h i - - -             . . . h i . . .
+        attention_mask  [rows, columns]     1 1 1 1 1 1 0 0
+        pixel_values    [pictures, 3, height, width]; absent if no sample has a picture
+
+    With `supervised_only`, the language-model head is spared every column that no row predicts a label from:
+
+        logits_to_keep  [kept]              2 3 4            columns whose next token is labelled in any row
+        shift_labels    [rows, kept]        . c d            the next token where it is labelled
+                                            h i .
+
+    Loss and gradients are those of all columns. It needs a model whose forward takes `logits_to_keep` and whose
+    loss takes `shift_labels` (LLaVA's does), and a batch that is not split by `nn.DataParallel`.
+
+    Args:
+        processor: a transformers processor; its tokenizer's padding token is used.
+        pad_to_multiple_of: round the number of columns up to a multiple of this.
+        supervised_only: add `logits_to_keep` and `shift_labels`.
+    """
+
+    def __init__(self, processor: Any, *, pad_to_multiple_of: int | None = None, supervised_only: bool = True) -> None:
+        tokenizer = processor.tokenizer
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(identifier for identifier in candidates if identifier is not None)
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.supervised_only = supervised_only
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Encoded:
+        """The samples of `encode_sample` as one batch."""
+        rows = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+        lengths = torch.tensor([len(row) for row in rows])
+        labels = self._pad([torch.as_tensor(sample["labels"]) for sample in samples], IGNORE_INDEX)
+        batch = {
+            "input_ids": self._pad(rows, self.pad_token_id),
+            "attention_mask": (torch.arange(labels.shape[1]) < lengths[:, None]).long(),
+            "labels": labels,
+        }
+        for key in sorted({key for sample in samples for key in sample} - {"input_ids", "labels"}):
+            batch[key] = torch.cat([torch.as_tensor(sample[key]) for sample in samples if key in sample])
+        if self.supervised_only:
+            batch |= keep_supervised(labels)
+        return batch
+
+    def _pad(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
+        short = -padded.shape[1] % (self.pad_to_multiple_of or 1)
+        return torch.nn.functional.pad(padded, (0, short), value=value)
+
+
+def keep_supervised(labels: torch.Tensor) -> Encoded:
+    """`logits_to_keep` [kept] and `shift_labels` [rows, kept] of labels [rows, columns].
+
+    If nothing is labelled one column is kept, unlabelled, so that the loss has a shape.
+    """
+    following = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    kept = (following != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+    if not len(kept):
+        kept = torch.zeros(1, dtype=torch.long)
+    return {"logits_to_keep": kept, "shift_labels": following[:, kept]}

@@ -1,0 +1,100 @@
+import pytest
+
+from mmpeft.core.errors import DataError, ModelError
+from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_chat
+from mmpeft.data.types import Turn
+from tests.data import templates
+from tests.data.templates import processor_with
+
+
+def conversation(*texts, system=None):
+    roles = ("user", "assistant")
+    turns = [Turn(role=roles[number % 2], text=text) for number, text in enumerate(texts)]
+    return [Turn(role="system", text=system), *turns] if system else turns
+
+
+def test_pictures_stand_where_their_placeholders_are(processor):
+    text = render_chat(processor, conversation("a <image> b\n<image>"), add_generation_prompt=True)
+    assert text == "<|im_start|>user\na <image> b\n<image><|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_no_second_newline_after_a_picture_where_the_template_writes_one():
+    turns = conversation("<image>\nWhat?")
+    assert render_chat(processor_with(templates.LLAVA_15), turns, add_generation_prompt=True) == (
+        "USER: <image>\nWhat? ASSISTANT:"
+    )
+    chatml = render_chat(processor_with(templates.GENERATION), turns, add_generation_prompt=False)
+    assert "<image>\nWhat?" in chatml
+
+
+def test_a_changed_template_is_seen():
+    processor = processor_with(templates.LLAVA_15)
+    render_chat(processor, conversation("<image>\nWhat?"), add_generation_prompt=True)
+    processor.chat_template = templates.GENERATION
+    assert "<image>\nWhat?" in render_chat(processor, conversation("<image>\nWhat?"), add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [templates.GENERATION, templates.DEFAULT_SYSTEM, templates.TRIMMING, templates.LLAVA_15, templates.EOS_IN_BETWEEN],
+)
+def test_spans_hold_the_answers_and_nothing_of_the_prompt(template):
+    text, spans = assistant_spans(processor_with(template), conversation("q1", "a1", "q2", "a2", system="s"))
+    assert [text[start:end].strip() for start, end in spans] == [
+        f"a{number}{end}"
+        for number, end in zip(
+            (1, 2),
+            {templates.LLAVA_15: ("", ""), templates.EOS_IN_BETWEEN: ("<|im_end|>",) * 2}.get(
+                template, ("<|im_end|>",) * 2
+            ),
+            strict=True,
+        )
+    ]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_named():
+    turns = conversation("q1", "a1", "q2", "a2")
+    with pytest.raises(DataError, match=r"writes the turns before turn 1 differently .* only appends"):
+        assistant_spans(processor_with(templates.FORGETFUL), turns)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (templates.STRINGS_ONLY, "the chat template does not take this conversation"),
+        (templates.PYTHON_LIST, "writes a message's content as a Python list"),
+        ("{{ raise_exception('no system turns here') }}", "no system turns here; it must take messages"),
+        ("{{ broken", "the chat template does not take this conversation"),
+    ],
+)
+def test_a_template_that_cannot_take_pictures_is_named(template, message):
+    with pytest.raises(DataError, match=message):
+        render_chat(processor_with(template), conversation("<image>q"), add_generation_prompt=True)
+
+
+def test_no_template_at_all_is_named(processor):
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="has no chat template"):
+        render_chat(processor, conversation("q"), add_generation_prompt=True)
+
+
+def test_the_tokenizers_template_is_used_where_the_processor_has_none(processor):
+    processor.chat_template = None
+    assert render_chat(processor, conversation("q"), add_generation_prompt=False).startswith("<|im_start|>user")
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|pad|>"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_control_token_in_a_text_is_refused(processor, token, number):
+    texts = ["<image>q", "a"]
+    texts[number] += f" {token} x"
+    with pytest.raises(DataError) as caught:
+        check_texts(processor, conversation(*texts))
+    assert str(caught.value).startswith(f"the text of turn {number} ({('user', 'assistant')[number]}) holds {token!r}")
+    assert repr(f"< {token[1:]}") in str(caught.value)
+
+
+def test_a_processor_without_pictures_is_named(processor):
+    del processor.image_token
+    with pytest.raises(ModelError, match="LlavaProcessor has no picture token"):
+        control_tokens(processor)
