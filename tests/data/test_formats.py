@@ -19,9 +19,7 @@ def parsed(value):
 
 
 def test_a_row_becomes_a_sample():
-    sample = parsed(
-        row(human("<image>\n这是什么?"), gpt("一只猫 🐈"), id="猫", image="猫.png", kind="animal")
-    )
+    sample = parsed(row(human("<image>\n这是什么?"), gpt("一只猫 🐈"), id="猫", image="猫.png", kind="animal"))
     assert sample == Sample(
         id="猫",
         turns=(Turn(role="user", text="<image>\n这是什么?"), Turn(role="assistant", text="一只猫 🐈")),
@@ -72,9 +70,7 @@ BAD = {
     "turn 1 (from gpt) has an empty text": row(human("q"), gpt(" \n")),
     "turn 0 is from 'humam'; did you mean 'human'?": row({"from": "humam", "value": "q"}, gpt("a")),
     "turn 0 is from 'xyz'; valid names: human, gpt": row({"from": "xyz", "value": "q"}, gpt("a")),
-    "turns 0 and 1 are both from human; expected human and gpt in turn": row(
-        human("q"), human("q"), gpt("a")
-    ),
+    "turns 0 and 1 are both from human; expected human and gpt in turn": row(human("q"), human("q"), gpt("a")),
     "turns 1 and 2 are both from gpt": row(human("q"), gpt("a"), gpt("b")),
     "the first turn is from gpt; expected a human turn": row(gpt("a"), human("q"), gpt("b")),
     "the last turn is from human; expected a gpt turn": row(human("q"), gpt("a"), human("q")),
@@ -82,9 +78,7 @@ BAD = {
     "turn 2 is a system turn; expected it in the first place": row(
         human("q"), gpt("a"), {"from": "system", "value": "s"}
     ),
-    "turn 1 (assistant) holds <image>; pictures stand in human turns only": row(
-        human("q"), gpt("<image>"), image="a"
-    ),
+    "turn 1 (assistant) holds <image>; pictures stand in human turns only": row(human("q"), gpt("<image>"), image="a"),
     "turn 0 is a string; expected an object with `from` and `value`": {"conversations": ["hi"]},
     "turn 0 has no `from` (its keys: `role`, `content`)": {"conversations": [{"role": "u", "content": "c"}]},
     "the text of turn 0 is a list; expected a string": row({"from": "human", "value": []}, gpt("a")),
@@ -95,9 +89,7 @@ BAD = {
     "both `image` and `images` are given": row(image="a", images=["a"]),
     "`kind` is a number; expected a string": row(kind=1),
     "`id` is a boolean; expected a string": row(id=True),
-    "the text of turn 0 holds half of a surrogate pair (U+D83D at character 2)": row(
-        human("a \ud83d"), gpt("a")
-    ),
+    "the text of turn 0 holds half of a surrogate pair (U+D83D at character 2)": row(human("a \ud83d"), gpt("a")),
     "found a list; expected an object with `conversations`": [],
     "found null; expected an object": None,
 }

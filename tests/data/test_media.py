@@ -28,12 +28,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_a_picture_inside_the_root_is_opened_by_relative_or_absolute_path(tmp_path):
@@ -61,9 +56,7 @@ def test_a_link_inside_the_root_is_followed(tmp_path):
     assert load_image("b.png", root=tmp_path).size == (16, 12)
 
 
-@pytest.mark.parametrize(
-    "url", ["http://x/a.png", "https://x/a.png", "file:///etc/passwd", "data:image/png;base64,AA"]
-)
+@pytest.mark.parametrize("url", ["http://x/a.png", "https://x/a.png", "file:///etc/passwd", "data:image/png;base64,AA"])
 def test_urls_are_off(tmp_path, url):
     assert "is a URL, and URLs are off: download it" in failure(url, tmp_path)
 
@@ -89,9 +82,7 @@ def test_an_empty_file_and_one_that_is_no_picture(tmp_path):
     (tmp_path / "header.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
     for function in (check_image, load_image):
         assert "is an empty file (0 bytes)" in failure("empty.png", tmp_path, function)
-        assert "is not a picture (begins with b'hello, w'); expected PNG" in failure(
-            "text.png", tmp_path, function
-        )
+        assert "is not a picture (begins with b'hello, w'); expected PNG" in failure("text.png", tmp_path, function)
         assert "is not a picture" in failure("post.eps", tmp_path, function)
         assert "is no readable PNG" in failure("header.png", tmp_path, function)
 

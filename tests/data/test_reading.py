@@ -29,9 +29,7 @@ def failure(path):
 @given(st.lists(JSON, max_size=6), st.sampled_from([None, 1]), st.integers(1, 40), st.booleans())
 def test_any_array_is_read_with_any_window(tmp_path_factory, rows, indent, chunk, ascii_only):
     path = tmp_path_factory.mktemp("array") / "a.json"
-    path.write_text(
-        json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="replace"
-    )
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8", errors="replace")
     expected = json.loads(path.read_text(encoding="utf-8"))
     before, reading.CHUNK = reading.CHUNK, chunk
     try:
@@ -127,7 +125,5 @@ def test_text_that_is_no_utf8_names_the_line_and_byte(tmp_path, name):
 
 def test_a_missing_file_names_what_lies_beside_it(tmp_path):
     (tmp_path / "train.json").write_text("[]")
-    assert re.search(
-        r"tain\.json: no such file; data files beside it: train\.json", failure(tmp_path / "tain.json")
-    )
+    assert re.search(r"tain\.json: no such file; data files beside it: train\.json", failure(tmp_path / "tain.json"))
     assert "is a directory; expected a .json" in failure(tmp_path)

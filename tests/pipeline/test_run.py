@@ -1,0 +1,353 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+import mmpeft
+from mmpeft import Recipe
+from mmpeft.core.errors import DataError, OutputError, RecipeError
+from mmpeft.core.files import read_json
+from mmpeft.training.callbacks import read_metrics
+from tests.project import TWO_STAGES, write_project
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run(path, **options):
+    return mmpeft.run(Recipe.from_yaml(path), **options)
+
+
+def statuses(result):
+    return [stage["status"] for stage in result.stages]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run, shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_project(folder)
+    return folder, path, run(path)
+
+
+def test_a_run_writes_all_that_the_design_promises(finished):
+    folder, _, result = finished
+    written = {str(path.relative_to(folder / "run")) for path in (folder / "run").rglob("*") if path.is_file()}
+    for name in (
+        "recipe.yaml",
+        "plan.json",
+        "data.json",
+        "run.json",
+        "evaluation.json",
+        "report.html",
+        "stages/01-projector/stage.json",
+        "stages/01-projector/metrics.jsonl",
+        "stages/01-projector/adapter/adapter_model.safetensors",
+        "stages/02-language/adapter/adapter_config.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/processor_config.json",
+        "adapter/mmpeft.json",
+        "adapter/README.md",
+    ):
+        assert name in written, name
+    assert not [name for name in written if name.endswith((".bin", ".pt", ".pth", ".pkl", ".tmp"))]
+    assert statuses(result) == ["trained", "trained"]
+    assert set(result.scores) == {"before", "projector", "language", "after"}
+    evaluation = read_json(folder / "run" / "evaluation.json")
+    assert set(evaluation["after"]["by_kind"]) == {"亮", "light"}
+    assert len(evaluation["before"]["predictions"]) == 4
+    assert yaml.safe_load((folder / "run" / "recipe.yaml").read_text(encoding="utf-8"))["batch"]["size"] == 8
+
+
+def test_the_adapter_gives_the_same_logits_and_answers_without_mmpeft(finished, tmp_path):
+    """A process that cannot import mmpeft loads the directory with transformers and peft alone."""
+    folder, _, result = finished
+    program = textwrap.dedent(
+        """
+        import importlib.util, json, sys
+        import torch
+        from peft import PeftModel
+        from PIL import Image
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        assert importlib.util.find_spec("mmpeft") is None, "mmpeft can be imported"
+        adapter, base, picture, out = sys.argv[1:]
+        processor = AutoProcessor.from_pretrained(adapter)
+        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "bright?"}]}]
+        text = processor.apply_chat_template(message, add_generation_prompt=True)
+        batch = processor(text=[text], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+        tensors, answers = {}, []
+        for name, model in (
+            ("auto", AutoModelForImageTextToText.from_pretrained(adapter)),
+            ("peft", PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)),
+        ):
+            with torch.no_grad():
+                tensors[name] = model.eval()(**batch).logits
+                tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)
+            answers.append(processor.decode(tokens[0, batch["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+        torch.save(tensors, out)
+        print(json.dumps(answers))
+        """
+    )
+    picture = folder / "data" / "images" / "eval-1.png"
+    out = tmp_path / "logits.pt"
+    site = Path(torch.__file__).parent.parent
+    done = subprocess.run(
+        # -S leaves out the .pth file by which an editable install of mmpeft is found; -I leaves out this checkout.
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{program}"]
+        + [str(result.result), str(folder / "base"), str(picture), str(out)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    model, processor = mmpeft.load_model(str(result.result), device="cpu")
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "bright?"}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    from PIL import Image
+
+    batch = processor(text=[text], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+    with torch.no_grad():
+        want = model(**batch).logits
+    plain = torch.load(out, weights_only=True)
+    assert (plain["auto"] - want).abs().max() <= 1e-5
+    assert (plain["peft"] - want).abs().max() <= 1e-5
+    ours = mmpeft.answer(model, processor, images=[picture], prompt="bright?", max_new_tokens=5)
+    assert json.loads(done.stdout) == [ours, ours]
+
+
+def test_the_final_adapter_holds_the_work_of_both_stages(finished):
+    folder, _, result = finished
+    base = AutoModelForImageTextToText.from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(base, result.result)
+    moved = {name for name, p in model.named_parameters() if ".modules_to_save." in name or ".lora_B." in name}
+    for name, parameter in model.named_parameters():
+        if name in moved and ".lora_B." in name:
+            assert parameter.abs().max() > 0, name
+    first = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(folder / "base"), folder / "run" / "stages/01-projector/adapter"
+    )
+    original = base.model.multi_modal_projector.linear_1.original_module.weight
+    after_one = first.base_model.model.model.multi_modal_projector.linear_1.modules_to_save["default"].weight
+    after_two = base.model.multi_modal_projector.linear_1.modules_to_save["default"].weight
+    moved_by_one = (after_one - original).abs().max()
+    assert moved_by_one > 1e-3
+    # Stage two goes on from stage one's projector at a tenth of its rate.
+    assert (after_two - after_one).abs().max() < moved_by_one
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("report.html", "recipe.yaml", "plan.json", "data.json")
+    }
+
+
+def test_running_again_does_nothing(finished):
+    folder, path, _ = finished
+    before = snapshot(folder / "run")
+    again = run(path)
+    assert statuses(again) == ["unchanged", "unchanged"]
+    assert snapshot(folder / "run") == before
+
+
+def test_another_rate_in_stage_two_runs_stage_two_only(tmp_path):
+    run(write_project(tmp_path))
+    kept = snapshot(tmp_path / "run" / "stages" / "01-projector")
+    changed = [TWO_STAGES[0], {**TWO_STAGES[1], "learning_rate": {"projector": 1e-3, "language": 5e-3}}]
+    result = run(write_project(tmp_path, stages=changed))
+    assert statuses(result) == ["unchanged", "trained"]
+    assert snapshot(tmp_path / "run" / "stages" / "01-projector") == kept
+
+
+def test_another_picture_runs_everything_again(tmp_path):
+    path = write_project(tmp_path, stages=TWO_STAGES[:1])
+    run(path)
+    assert statuses(run(path)) == ["unchanged"]
+    picture = tmp_path / "data" / "images" / "train-3.png"
+    picture.write_bytes((tmp_path / "data" / "images" / "train-4.png").read_bytes())
+    assert statuses(run(path)) == ["trained"]
+
+
+def test_a_full_tower_writes_a_model_and_a_later_adapter_points_to_it(tmp_path):
+    stages = [
+        TWO_STAGES[0],
+        {"name": "tower", "train": {"language": "full"}, "learning_rate": 1e-3, "max_steps": 2},
+        {"name": "lora", "train": {"language": {"r": 2}}, "learning_rate": 1e-2, "max_steps": 2},
+    ]
+    result = run(write_project(tmp_path, stages=stages))
+    stage = tmp_path / "run" / "stages" / "02-tower"
+    assert (stage / "model" / "model.safetensors").exists()
+    assert read_json(stage / "stage.json")["output"] == "model"
+    assert read_json(result.result / "adapter_config.json")["base_model_name_or_path"] == str(stage / "model")
+    model = AutoModelForImageTextToText.from_pretrained(stage / "model")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    projector = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "base"),
+        tmp_path / "run/stages/01-projector/adapter",
+    ).merge_and_unload()
+    # Stage one's projector was carried into the model; the language model's own weights moved.
+    trained = projector.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(model.model.multi_modal_projector.linear_1.weight, trained)
+    assert not torch.equal(model.model.language_model.norm.weight, base.model.language_model.norm.weight)
+    assert mmpeft.load_model(str(result.result), device="cpu")
+
+
+def test_a_part_trained_earlier_stays_in_the_adapter_when_a_later_stage_leaves_it_alone(tmp_path):
+    stages = [TWO_STAGES[0], {"name": "language", "train": {"language": {"r": 4}}, "max_steps": 2}]
+    result = run(write_project(tmp_path, stages=stages))
+    plan = read_json(tmp_path / "run" / "plan.json")["stages"][1]["parts"]
+    assert plan["projector"]["state"] == "carried"
+    from safetensors.torch import load_file
+
+    one = load_file(tmp_path / "run/stages/01-projector/adapter/adapter_model.safetensors")
+    two = load_file(result.result / "adapter_model.safetensors")
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    assert any(".lora_A." in name for name in two)
+
+
+def command(path, *options):
+    return [sys.executable, "-m", "mmpeft", "run", str(path), *options]
+
+
+SLOW_STAGE = [{**TWO_STAGES[0], "max_steps": 60, "trainer": {"save_steps": 5, "save_total_limit": 2}}]
+
+
+def start_and_wait_for(path, metrics, step):
+    process = subprocess.Popen(command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["step"] >= step for row in read_metrics(metrics)):
+            return process
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(write_project(folder, stages=SLOW_STAGE))
+    return weights(folder)
+
+
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_weights(tmp_path, uninterrupted):
+    path = write_project(tmp_path, stages=SLOW_STAGE)
+    stage = tmp_path / "run" / "stages" / "01-projector"
+    process = start_and_wait_for(path, stage / "metrics.jsonl", 7)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on from there" in errors
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+    state = read_json(stage / "stage.json")
+    assert state["status"] == "interrupted"
+    done = subprocess.run(command(path), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert "goes on from step" in done.stdout
+    got = weights(tmp_path)
+    assert all(torch.equal(got[name], tensor) for name, tensor in uninterrupted.items())
+    assert [row["step"] for row in read_metrics(stage / "metrics.jsonl")] == list(range(1, 61))
+
+
+def test_a_kill_leaves_a_run_that_resumes_to_the_same_weights(tmp_path, uninterrupted):
+    path = write_project(tmp_path, stages=SLOW_STAGE)
+    stage = tmp_path / "run" / "stages" / "01-projector"
+    process = start_and_wait_for(path, stage / "metrics.jsonl", 13)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "run" / "adapter").exists()
+    result = run(path)
+    assert read_json(stage / "stage.json")["resumed_from"] >= 5
+    assert statuses(result) == ["trained"]
+    got = weights(tmp_path)
+    assert all(torch.equal(got[name], tensor) for name, tensor in uninterrupted.items())
+
+
+@pytest.mark.parametrize("micro", [4, None])
+def test_two_processes_have_the_losses_of_one(tmp_path, micro):
+    """22 samples in batches of 8: the last step of an epoch has 6, three for each process."""
+    stages = [{**stage, "max_steps": None, "epochs": 2} for stage in TWO_STAGES]
+    batch = {"size": 8} if micro is None else {"size": 8, "micro": micro}
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(write_project(one, stages=stages, batch=batch))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["-m", "mmpeft", "run", str(write_project(two, stages=stages, batch=batch))]
+    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert read_json(two / "run" / "run.json")["processes"] == 2
+    for stage in ("01-projector", "02-language"):
+        rows = [read_metrics(folder / "run" / "stages" / stage / "metrics.jsonl") for folder in (one, two)]
+        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == list(range(1, 7))
+        assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], abs=1e-5)
+    evaluations = [read_json(folder / "run" / "evaluation.json")["after"] for folder in (one, two)]
+    answers = [[row["answer"] for row in entry["predictions"]] for entry in evaluations]
+    assert answers[0] == answers[1]
+
+
+def test_bf16_weights_train_and_answer(tmp_path):
+    result = run(write_project(tmp_path, dtype="bfloat16"))
+    from safetensors.torch import load_file
+
+    assert {t.dtype for t in load_file(result.result / "adapter_model.safetensors").values()} == {torch.float32}
+    rows = read_metrics(tmp_path / "run/stages/02-language/metrics.jsonl")
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+
+
+def test_a_batch_that_cannot_be_cut_is_an_error_before_anything_runs(tmp_path):
+    with pytest.raises(RecipeError, match=r"batch.micro: 3 does not divide the 8 samples .* use one of 1, 2, 4, 8"):
+        run(write_project(tmp_path, batch={"size": 8, "micro": 3}))
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_stage_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="no stage 'langauge' in the recipe; it has: projector, language"):
+        run(write_project(tmp_path), until="langauge")
+
+
+def test_an_output_that_is_a_file_is_an_error(tmp_path):
+    path = write_project(tmp_path)
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OutputError, match="a file of that name exists"):
+        run(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the message is tested in tests/core")
+def test_a_read_only_output_is_an_error(tmp_path):
+    path = write_project(tmp_path)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(OutputError, match="no permission"):
+        run(write_project(tmp_path, output=str(tmp_path / "locked" / "run")))
+    assert path.exists()
+
+
+def test_a_corrupt_picture_is_named_or_skipped_counted_and_listed(tmp_path):
+    path = write_project(tmp_path)
+    picture = tmp_path / "data" / "images" / "train-5.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"train-5\.png"):
+        run(path)
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    result = run(write_project(tmp_path, data={**data, "on_error": "skip", "max_skipped": 2}))
+    skipped = read_json(tmp_path / "run" / "data.json")["train"]["skipped"]
+    assert [row["index"] for row in skipped] == [5]
+    assert "train-5.png" in skipped[0]["reason"]
+    assert "train-5.png" in result.report.read_text(encoding="utf-8")

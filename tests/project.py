@@ -1,0 +1,81 @@
+"""A whole tiny project on disk: base model, pictures, LLaVA JSON, recipe. Real files, random weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from tests.tiny import tiny_llava, tiny_processor
+
+TWO_STAGES = [
+    {"name": "projector", "train": {"projector": "full"}, "learning_rate": 1e-2, "max_steps": 4},
+    {
+        "name": "language",
+        "train": {"projector": "full", "language": {"r": 4}},
+        "learning_rate": {"projector": 1e-3, "language": 1e-2},
+        "max_steps": 6,
+    },
+]
+
+
+def write_base(folder: Path) -> Path:
+    """A tiny LLaVA with its processor, as an ordinary model directory."""
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, *, train: int = 22, held_out: int = 4) -> Path:
+    """Bright and dark pictures, each with a question of two kinds."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("eval", held_out)):
+        rows = []
+        for index in range(count):
+            bright = bool(index % 2)
+            pixels = generator.integers(128, 256, (20, 24, 3)) if bright else generator.integers(0, 128, (20, 24, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(images / f"{split}-{index}.png")
+            rows.append(
+                {
+                    "id": f"{split}-{index}",
+                    "image": f"{split}-{index}.png",
+                    "kind": "亮" if index % 3 else "light",
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nbright?" + " really?" * (index % 4)},
+                        {"from": "gpt", "value": "yes" if bright else "no"},
+                    ],
+                }
+            )
+        (folder / f"{split}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def write_project(folder: Path, **changes: object) -> Path:
+    """The project with a recipe of two stages; `changes` replace its top-level keys. Returns the recipe's path."""
+    if not (folder / "base").exists():
+        write_base(folder / "base")
+        write_data(folder / "data")
+    recipe = {
+        "model": str(folder / "base"),
+        "data": {
+            "train": str(folder / "data" / "train.json"),
+            "eval": str(folder / "data" / "eval.json"),
+            "media_root": str(folder / "data" / "images"),
+        },
+        "stages": TWO_STAGES,
+        "batch": {"size": 8, "micro": 4},
+        "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 3},
+        "output": str(folder / "run"),
+        "device": "cpu",
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path

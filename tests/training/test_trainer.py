@@ -1,0 +1,211 @@
+import json
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mmpeft import MultimodalCollator, MultimodalTrainer, get_peft_model, load_dataset
+from mmpeft.core.errors import OutputError, RecipeError
+from mmpeft.methods.plan import base_name
+from mmpeft.training.callbacks import MetricsFile, read_metrics
+from mmpeft.training.parts import parameter_groups, rates_now
+from mmpeft.training.resume import last_checkpoint
+from tests.project import write_data
+from tests.tiny import tiny_llava
+
+TRAIN = {"projector": "full", "language": {"r": 4}}
+
+
+@pytest.fixture
+def dataset(tmp_path, processor):
+    data = write_data(tmp_path / "data")
+    return load_dataset(data / "train.json", media_root=data / "images", processor=processor)
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 5,
+    }
+    return TrainingArguments(**(defaults | options))
+
+
+def losses(trainer_class, folder, dataset, processor, train=TRAIN, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llava(processor), train)
+    trainer = trainer_class(
+        model=model,
+        args=arguments(folder),
+        train_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+        **options,
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_losses_are_those_of_the_plain_trainer_to_the_bit(tmp_path, dataset, processor):
+    ours = losses(MultimodalTrainer, tmp_path / "a", dataset, processor)
+    plain = losses(Trainer, tmp_path / "b", dataset, processor)
+    assert len(ours) == 2 * 3  # 22 samples, 8 a step, two epochs
+    assert ours == plain
+    assert ours[-1] < ours[0]
+
+
+def test_one_rate_for_all_parts_equals_the_plain_trainer(tmp_path, dataset, processor):
+    rates = {"projector": 1e-2, "language": 1e-2}
+    ours = losses(MultimodalTrainer, tmp_path / "a", dataset, processor, learning_rates=rates)
+    plain = losses(Trainer, tmp_path / "b", dataset, processor)
+    assert ours == pytest.approx(plain, abs=1e-6)
+
+
+def test_each_part_has_its_own_rate(tmp_path, dataset, processor):
+    model = get_peft_model(tiny_llava(processor), TRAIN)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = MultimodalTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+        learning_rates={"projector": 1e-2, "language": 1e-12},
+    )
+    trainer.train()
+    moved = {
+        part: max(
+            (parameter - before[name]).abs().max().item()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and part in base_name(name)
+        )
+        for part in ("multi_modal_projector", "language_model")
+    }
+    assert moved["multi_modal_projector"] > 1e-3
+    assert moved["language_model"] < 1e-10
+
+
+def test_weight_decay_reaches_matrices_only(processor):
+    model = get_peft_model(tiny_llava(processor), {"projector": "full"})
+    decay = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    groups = parameter_groups(model, {"projector": 1e-3}, decay=decay, weight_decay=0.1)
+    assert {group["weight_decay"]: {p.ndim for p in group["params"]} for group in groups} == {0.1: {2}, 0.0: {1}}
+
+
+def test_a_part_without_a_rate_is_an_error(processor):
+    model = get_peft_model(tiny_llava(processor), TRAIN)
+    with pytest.raises(RecipeError, match="no learning rate for its part"):
+        parameter_groups(model, {"projector": 1e-3}, decay=(), weight_decay=0)
+
+
+def test_rates_follow_the_schedule_together():
+    groups = [
+        {"part": "projector", "lr": 0.5e-3, "initial_lr": 1e-3},
+        {"part": "language", "lr": 1e-4, "initial_lr": 2e-4},
+    ]
+    assert rates_now(groups, 0.25e-3) == {"projector": 0.25e-3, "language": 0.5e-4}
+
+
+def test_metrics_have_speed_memory_and_the_rate_of_each_part(tmp_path, dataset, processor):
+    path = tmp_path / "metrics.jsonl"
+    rates = {"projector": 1e-2, "language": 1e-3}
+    losses(MultimodalTrainer, tmp_path, dataset, processor, learning_rates=rates, callbacks=[MetricsFile(path)])
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["learning_rate"] == pytest.approx(rates)
+    for row in rows:
+        assert row["samples_per_second"] > 0
+        assert row["tokens_per_second"] > row["samples_per_second"]
+        assert row["memory_bytes"] > 2**20
+    assert rows[-1]["elapsed_seconds"] > rows[0]["elapsed_seconds"]
+
+
+class Stop(TrainerCallback):
+    """Breaks off as a kill would, after the given step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("train", "carried"),
+    [
+        (TRAIN, {}),
+        ({"language": {"r": 4, "use_dora": True}}, {}),
+        ({"language": {"r": 4, "init_lora_weights": "pissa"}}, {}),
+        ({"language": {"r": 4}}, {"projector": "full"}),
+        ({"language": "full"}, {}),
+    ],
+    ids=["lora", "dora", "pissa", "carried", "full"],
+)
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path, dataset, processor, train, carried):
+    def run(folder, stop=None, resume=None):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llava(processor), train, carried=carried)
+        trainer = MultimodalTrainer(
+            model=model,
+            args=arguments(folder, save_strategy="steps", save_steps=2),
+            train_dataset=dataset,
+            data_collator=MultimodalCollator(processor),
+            callbacks=[MetricsFile(folder / "metrics.jsonl"), *([Stop(stop)] if stop else [])],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    want = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", stop=5)
+    path, step = last_checkpoint(tmp_path / "b")
+    assert step == 4
+    got = run(tmp_path / "b", resume=str(path))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab"]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_a_checkpoint_cut_short_is_removed_and_the_one_before_taken(tmp_path, caplog):
+    for step, state in ((2, json.dumps({"global_step": 2})), (4, '{"global_st'), (6, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+    assert "checkpoint-6 was cut short" in caplog.text
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_leaves_no_half_of_one(tmp_path, dataset, processor, monkeypatch):
+    model = get_peft_model(tiny_llava(processor), TRAIN)
+    trainer = MultimodalTrainer(
+        model=model,
+        args=arguments(tmp_path, save_strategy="steps", save_steps=2),
+        train_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+    )
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OutputError, match=r"checkpoint-2: the disk is full"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
