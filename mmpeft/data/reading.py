@@ -43,8 +43,7 @@ def read_objects(path: Path) -> Iterator[Located]:
         DataError: no such file, not UTF-8, or an array that is cut off or malformed: names file and line. A
             bad line of a JSON Lines file is no such error: it comes as a `Located` with a `fault`.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: {_missing(path)}")
+    check_file(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
             lines = path.suffix == ".jsonl" or _first_character(file) == "{"
@@ -56,13 +55,20 @@ def read_objects(path: Path) -> Iterator[Located]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _missing(path: Path) -> str:
+def check_file(path: Path) -> None:
+    """Make sure that `path` is a file.
+
+    Raises:
+        DataError: it is not: names the data files that lie beside it.
+    """
     if path.is_dir():
-        return "is a directory; expected a .json or .jsonl file"
+        raise DataError(f"{path}: is a directory; expected a .json or .jsonl file")
+    if path.is_file():
+        return
     folder = path.parent
     names = sorted(file.name for file in folder.glob("*.json*")) if folder.is_dir() else []
     beside = f"; data files beside it: {', '.join(names[:5])}" if names else ""
-    return f"no such file{beside}"
+    raise DataError(f"{path}: no such file{beside}")
 
 
 def _encoding_error(path: Path) -> DataError:
@@ -146,8 +152,7 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Located]:
         raise DataError(f"{path}: the file is empty; expected a JSON array of samples, or one sample a line")
     if not window.take("["):
         raise DataError(
-            f"{path}:{window.line}: found {window.peek()!r}; "
-            "expected a JSON array of samples, or one sample a line"
+            f"{path}:{window.line}: found {window.peek()!r}; expected a JSON array of samples, or one sample a line"
         )
     count, last = 0, "before the first sample ended"
     if window.take("]"):
@@ -170,13 +175,9 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Located]:
         if not window.take(","):
             if not window.peek():
                 raise DataError(_cut(path, window.line, f"{last}, without a closing ]"))
-            raise DataError(
-                f"{path}:{window.line}: found {window.peek()!r} {last}; expected a comma or the closing ]"
-            )
+            raise DataError(f"{path}:{window.line}: found {window.peek()!r} {last}; expected a comma or the closing ]")
     if extra := window.peek():
-        raise DataError(
-            f"{path}:{window.line}: found {extra!r} after the closing ]; expected the end of the file"
-        )
+        raise DataError(f"{path}:{window.line}: found {extra!r} after the closing ]; expected the end of the file")
 
 
 def _cut(path: Path, line: int, where: str) -> str:

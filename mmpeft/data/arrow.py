@@ -1,0 +1,122 @@
+"""The rows of a data file as a memory-mapped `datasets.Dataset`: text and picture paths, never pixels.
+
+Each file is read once. Its rows lie in the Hugging Face datasets cache under the file's own SHA-256, so a
+changed file is another entry and every process of a run maps the same one:
+
+    $HF_DATASETS_CACHE/mmpeft/<sha-256>-json-v1.arrow
+    index  line  id    kind   images      turns                                  problem  ignored
+    0      1     "s0"  ""     ["0.png"]   [{"role": "user", "text": …}, …]       ""       []
+    1      9     "s1"  ""     []          []                                     "no …"   ["source"]
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.arrow_writer import ArrowWriter
+
+from mmpeft.core.errors import DataError, OutputError
+from mmpeft.core.hashing import hash_file
+from mmpeft.data.formats import Row, read_rows
+from mmpeft.data.problems import Problem
+from mmpeft.data.reading import check_file
+from mmpeft.data.types import Sample, Turn
+
+READER_VERSION = 1
+"""Goes up with every change of what a row becomes, so that entries of an older reader are not used."""
+
+FEATURES = datasets.Features(
+    {
+        "index": datasets.Value("int64"),
+        "line": datasets.Value("int64"),
+        "id": datasets.Value("string"),
+        "kind": datasets.Value("string"),
+        "images": datasets.List(datasets.Value("string")),
+        "turns": datasets.List({"role": datasets.Value("string"), "text": datasets.Value("string")}),
+        "problem": datasets.Value("string"),
+        "ignored": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+def cached_rows(path: Path) -> tuple[datasets.Dataset, str]:
+    """All rows of a data file, memory-mapped, and the SHA-256 of the file.
+
+    Raises:
+        DataError: the file cannot be read as a whole, or holds no row.
+        OutputError: the cache cannot be written.
+    """
+    check_file(path)
+    try:
+        digest = hash_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    layout = path.suffix.lstrip(".") or "none"
+    entry = Path(datasets.config.HF_DATASETS_CACHE) / "mmpeft" / f"{digest}-{layout}-v{READER_VERSION}.arrow"
+    if not entry.is_file():
+        _write(path, entry)
+    return datasets.Dataset.from_file(str(entry)), digest
+
+
+def _write(path: Path, entry: Path) -> None:
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
+            for row in read_rows(path):
+                writer.write(_record(row))
+                count += 1
+            if not count:
+                raise DataError(f"{path}: holds no sample; expected a JSON array of samples, or one sample a line")
+            writer.finalize()
+        temporary.replace(entry)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the data cache {entry.parent}: {error.strerror or error}; free space there, or set "
+            "HF_DATASETS_CACHE to another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _record(row: Row) -> dict[str, Any]:
+    sample, problem = row.sample, row.problem
+    place = sample or problem
+    assert place is not None
+    return {
+        "index": place.index,
+        "line": place.line,
+        "id": place.id,
+        "kind": sample.kind if sample else "",
+        "images": list(sample.images) if sample else [],
+        "turns": [{"role": turn.role, "text": turn.text} for turn in sample.turns] if sample else [],
+        "problem": _storable(problem.reason) if problem else "",
+        "ignored": [_storable(key) for key in row.ignored],
+    }
+
+
+def _storable(text: str) -> str:
+    """Text without halves of surrogate pairs, which Arrow cannot hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def row_of(record: Mapping[str, Any]) -> Row:
+    """The row that a record of `cached_rows` came from."""
+    ignored = tuple(record["ignored"])
+    if record["problem"]:
+        problem = Problem(index=record["index"], line=record["line"], id=record["id"], reason=record["problem"])
+        return Row(problem=problem, ignored=ignored)
+    sample = Sample(
+        id=record["id"],
+        turns=tuple(Turn(role=turn["role"], text=turn["text"]) for turn in record["turns"]),
+        images=tuple(record["images"]),
+        kind=record["kind"],
+        index=record["index"],
+        line=record["line"],
+    )
+    return Row(sample=sample, ignored=ignored)

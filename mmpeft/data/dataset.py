@@ -1,0 +1,195 @@
+"""A data file and its pictures as a torch data set of encoded samples."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from torch.utils.data import Dataset
+
+from mmpeft.core.errors import DataError
+from mmpeft.data.arrow import cached_rows, row_of
+from mmpeft.data.encode import Encoded, encode_sample
+from mmpeft.data.media import MAX_IMAGE_PIXELS, load_image
+from mmpeft.data.problems import LISTED, Problem, problems_error
+from mmpeft.data.types import IMAGE_PLACEHOLDER, Question, Sample, SkippedSample
+from mmpeft.data.verify import Verify, verify_rows
+
+logger = logging.getLogger(__name__)
+
+
+class MultimodalDataset(Dataset[Encoded]):
+    """Samples of one data file; pixels are opened and encoded when a sample is taken, so in a loader's workers.
+
+    Made by `load_dataset`. What a sample becomes holds only what the model's forward takes (see
+    `encode_sample`), so a plain `transformers.Trainer` leaves it whole.
+
+    Attributes:
+        path: the data file.
+        media_root: the folder that picture paths are relative to.
+        fingerprint: SHA-256 (hex) of the data file's bytes.
+        skipped: the samples that were left out, and why; empty under `on_error="error"`.
+        truncated: how many samples are longer than `max_length` and lose their tail.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        path: Path,
+        media_root: Path,
+        processor: Any,
+        max_length: int | None,
+        max_image_pixels: int,
+        fingerprint: str,
+        skipped: Sequence[SkippedSample],
+        truncated: int,
+    ) -> None:
+        self._rows, self._processor = rows, processor
+        self._max_length, self._max_image_pixels = max_length, max_image_pixels
+        self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
+        self.skipped, self.truncated = list(skipped), truncated
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Sample `index`, encoded.
+
+        Raises:
+            DataError: its pictures cannot be decoded: names file, line, sample and reason.
+        """
+        sample = self.sample(index)
+        try:
+            images = [
+                load_image(name, root=self.media_root, max_image_pixels=self._max_image_pixels)
+                for name in sample.images
+            ]
+            return encode_sample(self._processor, sample, images, self._max_length)
+        except DataError as error:
+            problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
+            raise DataError(problem.located(self.path)) from error
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` as it stands in the file; no picture is opened."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return _sample_of(self._rows[index % len(self)])
+
+    def questions(self) -> list[Question]:
+        """One question an assistant turn, in order; ids end in `#1`, `#2` … where a sample has several."""
+        return [question for record in self._rows for question in questions_of(_sample_of(record))]
+
+
+def _sample_of(record: Mapping[str, Any]) -> Sample:
+    sample = row_of(record).sample
+    assert sample is not None, "rows with a problem were left out"
+    return sample
+
+
+def questions_of(sample: Sample) -> list[Question]:
+    """The questions of one sample, each with the pictures that its prompt shows."""
+    answers = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
+    questions = []
+    for count, number in enumerate(answers, start=1):
+        prompt = sample.turns[:number]
+        shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in prompt)
+        questions.append(
+            Question(
+                id=f"{sample.id}#{count}" if len(answers) > 1 else sample.id,
+                prompt=prompt,
+                images=sample.images[:shown],
+                reference=sample.turns[number].text,
+                kind=sample.kind,
+            )
+        )
+    return questions
+
+
+def load_dataset(
+    path: str | Path,
+    *,
+    media_root: str | Path | None = None,
+    processor: Any,
+    max_length: int | None = None,
+    on_error: Literal["error", "skip"] = "error",
+    max_skipped: float = 0.01,
+    verify: Verify | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> MultimodalDataset:
+    """A LLaVA JSON or JSONL file as a data set that `transformers.Trainer` takes.
+
+    Args:
+        path: the data file.
+        media_root: folder that picture paths are relative to, and that none may leave; default: the file's own.
+        processor: a transformers processor with a chat template and a fast tokenizer.
+        max_length: longest row in tokens, pictures included; a longer one loses its tail, never half a picture.
+        on_error: `error` raises if any sample cannot be used; `skip` leaves it out, logged and listed in
+            `.skipped`.
+        max_skipped: with `skip`, the most samples that may be left out: a share of the file below 1, else a count.
+        verify: how far pictures are read up front: `header` (the default under `error`; a picture that is broken
+            further on raises when it is taken) or `decode` (the default under `skip`, so that every process
+            leaves out the same samples).
+        max_image_pixels: a larger picture is not decoded.
+
+    Raises:
+        DataError: samples that cannot be used, listed together; too many of them; or none left.
+        OutputError: the datasets cache cannot be written.
+    """
+    path = Path(path)
+    root = (Path(media_root) if media_root is not None else path.parent).resolve()
+    rows, fingerprint = cached_rows(path)
+    findings = verify_rows(
+        map(row_of, rows),
+        processor=processor,
+        media_root=root,
+        max_length=max_length,
+        verify=verify or ("decode" if on_error == "skip" else "header"),
+        max_image_pixels=max_image_pixels,
+    )
+    for key, line in findings.ignored.items():
+        logger.warning("%s:%d: the key %r is not known and not used (here first)", path, line, key)
+    if findings.truncated:
+        logger.warning(
+            "%s: %d of %d samples are longer than max_length %d and are cut at their end",
+            path, findings.truncated, len(rows), max_length,
+        )  # fmt: skip
+    if findings.problems and on_error == "error":
+        advice = "correct the file, or use on_error: skip to leave such samples out"
+        raise problems_error(path, findings.problems, advice=advice)
+    return MultimodalDataset(
+        _without(rows, findings.problems, path=path, max_skipped=max_skipped),
+        path=path,
+        media_root=root,
+        processor=processor,
+        max_length=max_length,
+        max_image_pixels=max_image_pixels,
+        fingerprint=fingerprint,
+        skipped=[
+            SkippedSample(file=str(path), index=problem.index, line=problem.line, reason=problem.reason)
+            for problem in findings.problems
+        ],
+        truncated=findings.truncated,
+    )
+
+
+def _without(
+    rows: datasets.Dataset, problems: Sequence[Problem], *, path: Path, max_skipped: float
+) -> datasets.Dataset:
+    """The rows without those that have a problem, within the bound."""
+    if not problems:
+        return rows
+    total = len(rows)
+    if len(problems) == total:
+        raise problems_error(path, problems, advice="no sample is left; correct the file")
+    limit = math.floor(max_skipped * total + 1e-9) if max_skipped < 1 else int(max_skipped)
+    if len(problems) > limit:
+        advice = f"max_skipped allows {limit} of {total}: correct the file, or raise max_skipped"
+        raise problems_error(path, problems, advice=advice)
+    logger.warning("%s: %d of %d samples are skipped (at most %d may be)", path, len(problems), total, limit)
+    for number, problem in enumerate(problems):
+        logger.log(logging.WARNING if number < LISTED else logging.INFO, "skipped %s", problem.located(path))
+    left_out = {problem.index for problem in problems}
+    return rows.select([index for index in range(total) if index not in left_out])

@@ -1,0 +1,141 @@
+"""What keeps samples from being used, found before training begins, in the same way by every process."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from mmpeft.core.errors import DataError
+from mmpeft.data.chat import check_texts, control_tokens, render_chat
+from mmpeft.data.encode import lay_out, picture_length
+from mmpeft.data.formats import Row
+from mmpeft.data.labels import count_pictures, label_turns
+from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image
+from mmpeft.data.problems import Problem
+from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
+
+Verify = Literal["header", "decode"]
+"""How far pictures are read up front: to their size, or to their last pixel."""
+
+_ROWS_AT_ONCE = 1024
+_THREADS = min(8, (os.cpu_count() or 1) + 4)
+
+Picture = tuple[int, int] | str
+"""(width, height) of a readable picture, or why it is not readable."""
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What `verify_rows` found.
+
+    Attributes:
+        problems: one for each sample that cannot be used, in order.
+        ignored: the line where each unknown key of the file first stands.
+        truncated: how many of the usable samples are longer than `max_length`.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+
+
+def verify_rows(
+    rows: Iterable[Row],
+    *,
+    processor: Any,
+    media_root: Path,
+    max_length: int | None,
+    verify: Verify,
+    max_image_pixels: int,
+) -> Findings:
+    """Check structure, texts, chat template, pictures and lengths of all rows.
+
+    Pictures are read in threads, each file once. Texts are all searched for control tokens; the chat template is
+    tried on one sample of every shape (roles, pictures a turn), on every sample only where the shape fails or
+    where `max_length` asks for its length.
+    """
+    findings = Findings()
+    texts = _Texts(processor, max_length)
+    read = partial(read_picture, verify, media_root, max_image_pixels=max_image_pixels)
+    for window, pictures in with_pictures(rows, read):
+        for row in window:
+            sample = row.sample
+            place = sample or row.problem
+            for key in row.ignored:
+                findings.ignored.setdefault(key, place.line if place else 0)
+            if sample is None:
+                findings.problems += [row.problem] if row.problem else []
+                continue
+            try:
+                sizes = [_size(pictures[name]) for name in sample.images]
+                findings.truncated += texts.check(sample, sizes)
+            except DataError as error:
+                findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
+    return findings
+
+
+def with_pictures(
+    rows: Iterable[Row], read: Callable[[str], Picture]
+) -> Iterator[tuple[list[Row], dict[str, Picture]]]:
+    """Windows of rows, with what `read` said of each picture so far; every picture is read once, in threads."""
+    known: dict[str, Picture] = {}
+    remaining = iter(rows)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while window := list(islice(remaining, _ROWS_AT_ONCE)):
+            names = {name: None for row in window if row.sample for name in row.sample.images if name not in known}
+            known.update(zip(names, pool.map(read, names), strict=True))
+            yield window, known
+
+
+def read_picture(verify: Verify, root: Path, name: str, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Picture:
+    """The size of a picture inside `root`, read as far as `verify` says, or why it cannot be used."""
+    try:
+        if verify == "decode":
+            return load_image(name, root=root, max_image_pixels=max_image_pixels).size
+        return check_image(name, root=root, max_image_pixels=max_image_pixels)
+    except DataError as error:
+        return str(error)
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    if isinstance(picture, str):
+        raise DataError(picture)
+    return picture
+
+
+class _Texts:
+    """Checks the texts of samples, and how long they become."""
+
+    def __init__(self, processor: Any, max_length: int | None) -> None:
+        self.processor, self.max_length = processor, max_length
+        self.good_shapes: set[tuple[tuple[str, int], ...]] = set()
+        # A normaliser may lengthen a text; without one no token is shorter than a byte.
+        self.bytes_bound_tokens = processor.tokenizer.backend_tokenizer.normalizer is None
+
+    def check(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> bool:
+        """Whether the sample is longer than `max_length`; a DataError if it cannot be used."""
+        check_texts(self.processor, sample.turns)
+        shape = tuple((turn.role, turn.text.count(IMAGE_PLACEHOLDER)) for turn in sample.turns)
+        lengths = [picture_length(self.processor, size) for size in sizes] if self.max_length else []
+        if shape in self.good_shapes and self._surely_fits(sample, lengths):
+            return False
+        tokens = label_turns(self.processor, sample.turns)
+        count_pictures(self.processor, tokens, len(sample.images))
+        self.good_shapes.add(shape)
+        if self.max_length is None:
+            return False
+        image_id = control_tokens(self.processor).image_id
+        runs = [[image_id] * length for length in lengths]
+        layout = lay_out(tokens, runs, image_id=image_id, max_length=self.max_length)
+        return layout.length > self.max_length
+
+    def _surely_fits(self, sample: Sample, lengths: Sequence[int]) -> bool:
+        if self.max_length is None:
+            return True
+        text = render_chat(self.processor, sample.turns, add_generation_prompt=False)
+        added = 2  # a beginning and an end token that the text does not hold
+        return self.bytes_bound_tokens and len(text.encode()) + added + sum(lengths) <= self.max_length
