@@ -2,15 +2,17 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
-from mmpeft.data.formats import Row, read_rows
+from mmpeft.data.formats import Row, read_rows, read_samples
+from mmpeft.data.pictures import Picture, read_picture, with_pictures
 from mmpeft.data.types import Sample
-from mmpeft.data.verify import Picture, read_picture, with_pictures
 
 EXTREME_ASPECT_RATIO = 10
 """Long side by short side from which little of a picture is left when it is scaled to a square."""
@@ -110,3 +112,25 @@ class _Check:
             report.warnings.append(f"{self.path}:{line}: the key {key!r} is not known and not used (here first)")
         if not report.samples and not report.errors:
             report.errors.append(f"{self.path}: holds no sample")
+
+
+def describe_samples(
+    path: str | os.PathLike[str], media_root: str | os.PathLike[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The samples of a data file as plain values, each picture with its size, or with why it is not readable.
+
+    Raises:
+        DataError: the file cannot be read, or a row is no sample.
+    """
+    path = Path(path)
+    root = Path(media_root) if media_root is not None else path.parent
+    for sample in read_samples(path):
+        pictures = [(name, read_picture("header", root, name)) for name in sample.images]
+        yield asdict(sample) | {
+            "images": [
+                {"name": name, "error": found}
+                if isinstance(found, str)
+                else {"name": name, "width": found[0], "height": found[1]}
+                for name, found in pictures
+            ]
+        }

@@ -13,9 +13,10 @@ from mmpeft.core.errors import DataError
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.encode import Encoded, encode_sample
 from mmpeft.data.media import MAX_IMAGE_PIXELS, load_image
+from mmpeft.data.pictures import Verify
 from mmpeft.data.problems import LISTED, Problem, problems_error
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Question, Sample, SkippedSample
-from mmpeft.data.verify import Verify, verify_rows
+from mmpeft.data.verify import verify_rows
 
 logger = logging.getLogger(__name__)
 

@@ -1,31 +1,19 @@
 """What keeps samples from being used, found before training begins, in the same way by every process."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.chat import check_texts, control_tokens, render_chat
 from mmpeft.data.encode import lay_out, picture_length
 from mmpeft.data.formats import Row
 from mmpeft.data.labels import count_pictures, label_turns
-from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image
+from mmpeft.data.pictures import Picture, Verify, read_picture, with_pictures
 from mmpeft.data.problems import Problem
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
-
-Verify = Literal["header", "decode"]
-"""How far pictures are read up front: to their size, or to their last pixel."""
-
-_ROWS_AT_ONCE = 1024
-_THREADS = min(8, (os.cpu_count() or 1) + 4)
-
-Picture = tuple[int, int] | str
-"""(width, height) of a readable picture, or why it is not readable."""
 
 
 @dataclass(kw_only=True)
@@ -76,29 +64,6 @@ def verify_rows(
             except DataError as error:
                 findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
     return findings
-
-
-def with_pictures(
-    rows: Iterable[Row], read: Callable[[str], Picture]
-) -> Iterator[tuple[list[Row], dict[str, Picture]]]:
-    """Windows of rows, with what `read` said of each picture so far; every picture is read once, in threads."""
-    known: dict[str, Picture] = {}
-    remaining = iter(rows)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while window := list(islice(remaining, _ROWS_AT_ONCE)):
-            names = {name: None for row in window if row.sample for name in row.sample.images if name not in known}
-            known.update(zip(names, pool.map(read, names), strict=True))
-            yield window, known
-
-
-def read_picture(verify: Verify, root: Path, name: str, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Picture:
-    """The size of a picture inside `root`, read as far as `verify` says, or why it cannot be used."""
-    try:
-        if verify == "decode":
-            return load_image(name, root=root, max_image_pixels=max_image_pixels).size
-        return check_image(name, root=root, max_image_pixels=max_image_pixels)
-    except DataError as error:
-        return str(error)
 
 
 def _size(picture: Picture) -> tuple[int, int]:

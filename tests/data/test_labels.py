@@ -74,7 +74,11 @@ def supervised(processor, turns):
     return [processor.tokenizer.decode(run) for run in runs(tokens.labels)]
 
 
-@pytest.mark.parametrize("processor", [CHATML, GENERATION, MERGING, DEFAULT_SYSTEM], ids=str)
+@pytest.mark.parametrize(
+    "processor",
+    [CHATML, GENERATION, MERGING, DEFAULT_SYSTEM],
+    ids=["chatml", "generation", "merging", "default-system"],
+)
 @settings(max_examples=60, deadline=None)
 @given(turns=TURNS)
 def test_the_labels_decode_to_exactly_the_answers_and_their_end_tokens(processor, turns):
@@ -104,7 +108,11 @@ def test_the_eos_token_takes_the_place_of_the_white_space_behind_the_last_answer
     ]
 
 
-@pytest.mark.parametrize("processor", [CHATML, MERGING, SENTENCEPIECE, EOS_IN_BETWEEN], ids=str)
+@pytest.mark.parametrize(
+    "processor",
+    [CHATML, MERGING, SENTENCEPIECE, EOS_IN_BETWEEN],
+    ids=["chatml", "merging", "sentencepiece", "eos-in-between"],
+)
 @settings(max_examples=40, deadline=None)
 @given(turns=TURNS)
 def test_the_tokens_before_an_answer_are_those_of_its_prompt(processor, turns):

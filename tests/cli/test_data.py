@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from mmpeft.cli.data import app
+from mmpeft.core.errors import DataError
+from tests.data.files import colour_set, gpt, human, row, write_lines
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_check_counts_a_good_file(tmp_path):
+    result = invoke("check", colour_set(tmp_path))
+    assert result.exit_code == 0
+    assert "4 samples (no kind: 3, sum: 1), 3 pictures, 8 turns" in result.stdout
+    assert "0 errors, 0 warnings" in result.stdout
+
+
+def test_check_ends_with_status_3_and_names_every_error(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [row(), {"id": "[red]x"}, row(image="no.png")])
+    result = invoke("check", path)
+    assert result.exit_code == 3
+    assert f"error: {path}:2: sample 1 (id '[red]x'): no `conversations`" in result.stdout
+    assert f"error: {path}:3: sample 2" in result.stdout
+    assert "2 errors" in result.stdout
+    missing = invoke("check", tmp_path / "none.json")
+    assert missing.exit_code == 3
+    assert "none.json: no such file" in missing.stdout
+
+
+def test_check_as_json_is_one_object_on_stdout(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [row(), row(image="no.png")])
+    result = invoke("check", path, "--json")
+    assert result.exit_code == 3
+    value = json.loads(result.stdout)
+    assert (value["samples"], value["pictures"], len(value["errors"]), value["file"]) == (1, 0, 1, str(path))
+
+
+def test_the_media_root_is_an_option(tmp_path):
+    colour_set(tmp_path / "pictures")
+    path = write_lines(tmp_path / "a.jsonl", [row(image="0.png")])
+    assert invoke("check", path).exit_code == 3
+    assert invoke("check", path, "--media-root", tmp_path / "pictures").exit_code == 0
+
+
+def test_show_prints_turns_and_pictures_with_their_sizes(tmp_path):
+    result = invoke("show", colour_set(tmp_path), "-n", 2)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "sample 0  id 's0'  line 2",
+        "  picture    0.png  16 x 12",
+        "  user       <image>",
+        "             Which colour?",
+        "  assistant  red",
+        "sample 1  id 's1'  line 16",
+        "  picture    1.png  16 x 12",
+        "  user       <image>",
+        "             Which colour?",
+        "  assistant  green",
+    ]
+
+
+def test_show_keeps_text_as_it_is_and_names_pictures_it_cannot_read(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [row(human("[bold]这是什么?"), gpt("猫"), image="no.png", kind="k")])
+    shown = invoke("show", path).stdout
+    assert "sample 0  id '0'  line 1  kind 'k'" in shown
+    assert "[bold]这是什么?" in shown
+    assert "picture 'no.png' does not exist" in shown
+    value = json.loads(invoke("show", path, "--json").stdout)
+    assert value["samples"][0]["turns"][1] == {"role": "assistant", "text": "猫"}
+
+
+def test_show_raises_what_the_program_prints(tmp_path):
+    result = invoke("show", write_lines(tmp_path / "a.jsonl", [row(), {}]))
+    assert isinstance(result.exception, DataError)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: sample 1"):
+        raise result.exception
+
+
+def test_checking_data_needs_neither_torch_nor_transformers():
+    code = "import sys, mmpeft.data.check; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
