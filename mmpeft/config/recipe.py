@@ -86,7 +86,7 @@ class BatchConfig(_Block):
 class EvaluateConfig(_Block):
     """How the held-out questions are answered and scored."""
 
-    metrics: tuple[str, ...] = ("exact_match", "token_f1", "anls")
+    metrics: tuple[Literal["exact_match", "token_f1", "anls"], ...] = ("exact_match", "token_f1", "anls")
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)

@@ -102,7 +102,8 @@ def _rename_magnitudes(folder: Path) -> None:
 
     peft 0.21 writes `....lora_magnitude_vector`, which its own loader takes, but which
     `from_pretrained(adapter)` of transformers 5.24 leaves out with a warning: other logits, no error. Both take
-    `....lora_magnitude_vector.weight`. The DoRA round trip in tests/methods/test_checkpoint.py passes without this once transformers has mended it.
+    `....lora_magnitude_vector.weight`. Without this the DoRA case of tests/methods/test_checkpoint.py fails; once
+    it does not, transformers has mended it.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     state = load_file(weights)

@@ -1,11 +1,9 @@
 """Held-out questions answered and scored, shared out over the processes of a run."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -40,16 +38,15 @@ def evaluate_model(
     start = time.perf_counter()
     questions = dataset.questions()[:limit]
     mine = range(state.process_index, len(questions), state.num_processes)
-    with _autocast(model):
-        answers = answer_questions(
-            model,
-            processor,
-            [questions[index] for index in mine],
-            media_root=dataset.media_root,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
+    answers = answer_questions(
+        model,
+        processor,
+        [questions[index] for index in mine],
+        media_root=dataset.media_root,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
     pairs = list(zip(mine, answers, strict=True))
     if state.num_processes > 1:
         pairs = gather_object(pairs)
@@ -62,14 +59,3 @@ def evaluate_with(
 ) -> dict[str, Any]:
     """`evaluate_model` as a recipe's `evaluate` block says."""
     return evaluate_model(model, processor, dataset, **config.model_dump(), **options)
-
-
-@contextlib.contextmanager
-def _autocast(model: Any) -> Iterator[None]:
-    """Half-precision weights beside trained ones in float32 need autocast; float32 alone does not."""
-    parameter = next(model.get_base_model().parameters() if hasattr(model, "get_base_model") else model.parameters())
-    if parameter.dtype == torch.float32:
-        yield
-    else:
-        with torch.autocast(parameter.device.type, dtype=parameter.dtype):
-            yield

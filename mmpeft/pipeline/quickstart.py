@@ -121,6 +121,9 @@ def quickstart_recipe(output: Path, *, language: str, compose: bool, seed: int, 
         value["model"] |= {"vision": str(output / "tower"), "language": language}
     else:
         value["model"] = language
+        # The rates of a new projector would wreck one that is trained already.
+        for stage, rate in zip(value["stages"], (1e-4, 2e-4), strict=True):
+            stage["learning_rate"] = rate
     if smallest:
         value["batch"] = {"size": 4}
         for stage in value["stages"]:

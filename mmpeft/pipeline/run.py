@@ -22,6 +22,7 @@ from mmpeft.data.dataset import MultimodalDataset, load_dataset
 from mmpeft.export.card import render_card
 from mmpeft.families.registry import family_of
 from mmpeft.methods.checkpoint import FACTS_NAME, copy_adapter
+from mmpeft.models.devices import pick_device
 from mmpeft.models.load import load_model, load_processor
 from mmpeft.pipeline.base import resolve_base, skeleton
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory
@@ -66,7 +67,7 @@ def run(recipe: Recipe, *, resume: bool = True, until: str | None = None, consol
         MMPeftError: of the recipe, the data, the model or the output; see its message.
         RunInterrupted: Ctrl-C; the same call goes on from the checkpoint.
     """
-    state = PartialState(cpu=recipe.device == "cpu")
+    state = _processes(recipe)
     quiet = console is None or not state.is_main_process
     session = _Run(recipe, console=Console(quiet=True) if quiet else console or Console())
     names = [stage.name for stage in recipe.stages]
@@ -84,13 +85,19 @@ def run(recipe: Recipe, *, resume: bool = True, until: str | None = None, consol
         session.record()
 
 
+def _processes(recipe: Recipe) -> PartialState:
+    """This process among the others, on the device that the recipe asks for."""
+    device = pick_device(recipe.device)
+    return PartialState(cpu=device.type == "cpu")
+
+
 def plan(recipe: Recipe) -> list[dict[str, Any]]:
     """What each stage would train and for how many steps, as plan.json holds it; trains nothing.
 
     Raises:
         MMPeftError: of the recipe, the data or the model, as `run` would raise it before training.
     """
-    PartialState(cpu=recipe.device == "cpu")
+    _processes(recipe)
     session = _Run(recipe, console=Console(quiet=True))
     session.prepare()
     return list(session.plan.values())
@@ -226,21 +233,16 @@ class _Run:
             model, _ = load_model(
                 self.position.base,
                 adapter=str(self.position.adapter) if self.position.adapter else None,
-                device="cpu",
-                dtype=self._dtype(),
+                device=str(self.state.device),
+                dtype=self.recipe.dtype,
                 trust_remote_code=self.recipe.trust_remote_code,
             )
-        model = model.to(self.state.device)
         with self.console.status(f"answering the held-out questions ({name}) …"):
             scores = evaluate_with(self.recipe.evaluate, model, self.processor, self.eval)
         self.evaluations[name] = {**scores, "input_hash": wanted}
         self._write_evaluations()
         figures = " · ".join(f"{metric} {value:.3f}" for metric, value in scores["metrics"].items())
         self.console.print(f"  held out, {name}: {figures} ({scores['seconds']:.0f} s)")
-
-    def _dtype(self) -> str:
-        on_cpu = self.state.device.type == "cpu"
-        return "float32" if self.recipe.dtype == "auto" and on_cpu else self.recipe.dtype
 
     def _write_evaluations(self, **extra: Any) -> None:
         if self.state.is_main_process:
@@ -310,6 +312,7 @@ def _describe(dataset: MultimodalDataset) -> dict[str, Any]:
         "file": str(dataset.path),
         "media_root": str(dataset.media_root),
         "samples": len(dataset),
+        "truncated": dataset.truncated,
         "fingerprint": dataset.fingerprint,
         "skipped": [vars(skipped) for skipped in dataset.skipped],
     }

@@ -80,9 +80,12 @@ def prepare_stage(recipe: Recipe, stage: StageConfig, start: StageStart, *, seed
     Raises:
         RecipeError, AdapterError, ModelError: what the recipe asks does not fit the model.
     """
-    on_cpu = PartialState().device.type == "cpu"
-    dtype = "float32" if recipe.dtype == "auto" and on_cpu else recipe.dtype
-    model, processor = load_model(start.base, device="cpu", dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    model, processor = load_model(
+        start.base,
+        device=str(PartialState().device),
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
     base_dtype = model.dtype
     if start.adapter is not None and trains_tower(stage.train):
         model = PeftModel.from_pretrained(model, str(start.adapter)).merge_and_unload()
