@@ -1,0 +1,232 @@
+"""A model asked: greedy answers, in batches, the same as one by one."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from mmpeft.core.errors import DataError
+from mmpeft.data.chat import check_texts, control_tokens
+from mmpeft.data.encode import Encoded, picture_length, render_chat, starts_with_bos
+from mmpeft.data.media import check_image, load_image, to_rgb
+from mmpeft.data.types import IMAGE_PLACEHOLDER, Question, Turn
+
+_TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+
+
+def answer_questions(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    *,
+    media_root: Path,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy answers, in the order of the questions, without white space around them.
+
+    Questions of like length share a batch, the longest first, so that memory runs out at once or not at all.
+    The model is in eval mode meanwhile; afterwards each of its modules is in the mode it was in.
+
+    Args:
+        media_root: folder of the pictures.
+        max_new_tokens: an answer's longest length in tokens; it also ends at the model's end-of-turn token.
+        batch_size: questions that go through the model at once.
+        on_batch: called after each batch with the number of questions in it.
+
+    Raises:
+        DataError: a picture that cannot be read, or a prompt that holds a control token; names the question.
+    """
+    lengths = [_length(processor, question, media_root) for question in questions]
+    order = sorted(range(len(questions)), key=lambda index: -lengths[index])
+    answers = [""] * len(questions)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [_encode_question(processor, questions[index], media_root) for index in chosen]
+        for index, text in zip(chosen, _generate(model, processor, rows, max_new_tokens), strict=True):
+            answers[index] = text
+        if on_batch is not None:
+            on_batch(len(chosen))
+    return answers
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    *,
+    images: Sequence[str | Path | Image.Image] = (),
+    prompt: str,
+    max_new_tokens: int = 128,
+) -> str:
+    """The model's greedy answer to one prompt about any number of pictures.
+
+    Args:
+        images: paths or PIL pictures; they stand before the text, unless the prompt says where by `<image>`.
+        prompt: the question.
+
+    Raises:
+        DataError: a picture that cannot be read, a count of `<image>` that is not that of the pictures, or a
+            prompt that holds a control token.
+    """
+    marks = prompt.count(IMAGE_PLACEHOLDER)
+    if marks not in (0, len(images)):
+        raise DataError(
+            f"the prompt holds {marks} {IMAGE_PLACEHOLDER} for {len(images)} pictures; "
+            "expected one for each, or none: the pictures then stand before the text"
+        )
+    text = prompt if marks else IMAGE_PLACEHOLDER * len(images) + prompt
+    pictures = [_picture(image) for image in images]
+    row = encode_prompt(processor, [Turn(role="user", text=text)], pictures)
+    return _generate(model, processor, [row], max_new_tokens)[0]
+
+
+def _picture(image: str | Path | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    path = Path(image).resolve()
+    return load_image(path.name, root=path.parent)
+
+
+def _length(processor: Any, question: Question, media_root: Path) -> int:
+    """Tokens of a question with its pictures, which are not decoded for it."""
+    with _naming(question):
+        text = render_chat(processor, question.prompt, add_generation_prompt=True)
+        pictures = sum(picture_length(processor, check_image(name, root=media_root)) for name in question.images)
+    return len(processor.tokenizer(text, verbose=False)["input_ids"]) + pictures
+
+
+def _encode_question(processor: Any, question: Question, media_root: Path) -> Encoded:
+    with _naming(question):
+        pictures = [load_image(name, root=media_root) for name in question.images]
+        return encode_prompt(processor, question.prompt, pictures)
+
+
+@contextlib.contextmanager
+def _naming(question: Question) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"question {question.id!r}: {error}") from error
+
+
+def encode_prompt(processor: Any, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Encoded:
+    """A prompt as the model's forward takes it, tokenised as training sees it (`data.labels.label_turns`).
+
+    Returns:
+        `input_ids` LongTensor [sequence]; with pictures, `pixel_values` [pictures, 3, height, width] and whatever
+        else the processor makes of them.
+
+    Raises:
+        DataError: a text that holds a control token, or turns that the chat template refuses.
+    """
+    check_texts(processor, turns)
+    text = render_chat(processor, turns, add_generation_prompt=True)
+    pictures = {"images": [list(images)]} if images else {}
+    found = processor(text=[text], add_special_tokens=not starts_with_bos(processor, text), **pictures)
+    ids = list(found["input_ids"][0])
+    # A tokenizer that closes every text with an end token of its own would close the prompt, too.
+    eos, closed = processor.tokenizer.eos_token_id, text.endswith(processor.tokenizer.eos_token or "\0")
+    while ids and ids[-1] == eos and not closed:
+        ids.pop()
+    media = {key: value for key, value in found.items() if key not in _TEXT_KEYS}
+    stacked = {key: torch.stack([torch.as_tensor(item) for item in value]) for key, value in media.items()}
+    return {"input_ids": torch.tensor(ids), **stacked}
+
+
+def end_tokens(model: Any, processor: Any) -> list[int]:
+    """Ids of every token that ends an answer.
+
+    They are the model's and the tokenizer's end-of-sequence tokens, and the one that the chat template writes
+    behind an assistant's turn, which is none of these in many base models turned chat (`<|im_end|>`, `<|eot_id|>`).
+    """
+    tokenizer = processor.tokenizer
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids += [tokenizer.eos_token_id, _end_of_turn(processor)]
+    return sorted({identifier for identifier in ids if identifier is not None})
+
+
+def _end_of_turn(processor: Any) -> int | None:
+    question, reply = Turn(role="user", text="x"), Turn(role="assistant", text="y")
+    prompt = render_chat(processor, [question], add_generation_prompt=True)
+    whole = render_chat(processor, [question, reply], add_generation_prompt=False)
+    behind = whole.removeprefix(prompt).partition(reply.text)[2] if whole.startswith(prompt) else ""
+    found = control_tokens(processor).pattern.search(behind)
+    return processor.tokenizer.convert_tokens_to_ids(found.group()) if found else None
+
+
+def _generate(model: Any, processor: Any, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    """Answers to encoded prompts of unequal length, padded on the left so that all answers start together.
+
+    a b p p c d | answer          input_ids of the longest row
+    - - e f g h | answer          a shorter one; attention_mask 0 0 1 1 1 1
+    """
+    tokenizer = processor.tokenizer
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(identifier for identifier in candidates if identifier is not None)
+    ends = end_tokens(model, processor)
+    ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=pad, padding_side="left")
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long(),
+    }
+    for key in sorted({key for row in rows for key in row} - {"input_ids"}):
+        batch[key] = torch.cat([row[key] for row in rows if key in row])
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        # The values that greedy decoding ignores in silence; a model's own (temperature 0.7) would be warned of.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    with torch.no_grad(), _evaluating(model), _one_precision(model):
+        output = model.generate(**_placed(batch, model), generation_config=config)
+    return [_text(tokenizer, row, ends) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _placed(batch: Encoded, model: Any) -> Encoded:
+    parameter = next(model.parameters())
+    return {
+        key: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        for key, value in batch.items()
+    }
+
+
+def _text(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> str:
+    stop = next((index for index, identifier in enumerate(ids) if identifier in ends), len(ids))
+    return tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _one_precision(model: torch.nn.Module) -> Iterator[None]:
+    """Autocast where float32 adapters sit on a base of half precision, whose products they cannot enter."""
+    parameter = next(model.parameters())
+    mixed = {other.dtype for other in model.parameters() if other.is_floating_point()} - {parameter.dtype}
+    if not mixed or parameter.dtype == torch.float32:
+        yield
+    else:
+        with torch.autocast(parameter.device.type, dtype=parameter.dtype):
+            yield
