@@ -1,0 +1,67 @@
+"""Every preset under adapters/ loads with peft alone, fits its family, and trains exactly the parts it is named for."""
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import PeftConfig
+
+from mmpeft.core.assets import asset_directory
+from mmpeft.families.registry import FAMILIES, family_of
+from mmpeft.methods.plan import base_name
+from tests.tiny import tiny_llava
+
+PRESETS = sorted(path.parent for path in asset_directory("adapters").glob("*/*/adapter_config.json"))
+MODELS = {"llava": tiny_llava}
+PARTS = {
+    "projector": {"projector"},
+    "lora": {"language"},
+    "projector-lora": {"projector", "language"},
+    "vision-lora": {"vision"},
+}
+
+presets = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
+
+
+def test_there_are_presets_and_each_belongs_to_a_family():
+    assert {f"llava/{name}" for name in PARTS} <= {f"{path.parent.name}/{path.name}" for path in PRESETS}
+    assert {path.parent.name for path in PRESETS} <= {spec.name for spec in FAMILIES}
+
+
+@presets
+def test_it_is_a_plain_lora_that_names_no_base_model(preset):
+    config = PeftConfig.from_pretrained(preset)
+    assert config.peft_type == peft.PeftType.LORA
+    assert config.base_model_name_or_path is None
+    assert not config.inference_mode
+    fields = json.loads((preset / "adapter_config.json").read_text())
+    assert fields.items() <= (config.to_dict() | {"peft_type": "LORA"}).items()
+
+
+@presets
+def test_it_trains_exactly_its_parts_and_changes_no_logit(preset):
+    model = MODELS[preset.parent.name]()
+    tokens = torch.randint(0, 200, (1, 7))
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        attached = peft.get_peft_model(model, PeftConfig.from_pretrained(preset))
+        torch.testing.assert_close(attached(input_ids=tokens).logits, before, rtol=0, atol=0)
+    spec = family_of(attached)
+    trained = [name for name, parameter in attached.named_parameters() if parameter.requires_grad]
+    assert {spec.part_of(base_name(name)) for name in trained} == PARTS[preset.name]
+
+
+@presets
+def test_lora_reaches_every_projection_and_saved_modules_are_the_projectors_leaves(preset):
+    model = MODELS[preset.parent.name]()
+    spec = family_of(model)
+    leaves = set(spec.projector_leaves(model, spec))
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    parts = PARTS[preset.name]
+    expected = {name for name in linear if spec.part_of(name) in parts - {"projector"} and name != "lm_head"}
+    attached = peft.get_peft_model(model, PeftConfig.from_pretrained(preset))
+    names = [name for name, _ in attached.named_parameters()]
+    assert {base_name(name.partition(".lora_A.")[0]) for name in names if ".lora_A." in name} == expected
+    saved = {base_name(name.partition(".modules_to_save.")[0]) for name in names if ".modules_to_save." in name}
+    assert saved == (leaves if "projector" in parts else set())
