@@ -1,7 +1,7 @@
 """Measure `import mmpeft` in fresh processes; writes benchmarks/results/import_time.json.
 
-    python benchmarks/import_time.py                # measure and write
-    python benchmarks/import_time.py --limit 0.3    # measure, write nothing, fail if the best run took longer
+python benchmarks/import_time.py                # measure and write
+python benchmarks/import_time.py --limit 0.3    # measure, write nothing, fail if the best run took longer
 """
 
 import argparse
