@@ -1,6 +1,7 @@
 """Every preset under adapters/ loads with peft alone, fits its family, and trains exactly the parts it is named for."""
 
 import json
+import re
 
 import peft
 import pytest
@@ -10,10 +11,11 @@ from peft import PeftConfig
 from mmpeft.core.assets import asset_directory
 from mmpeft.families.registry import FAMILIES, family_of
 from mmpeft.methods.plan import base_name
-from tests.tiny import tiny_llava
+from mmpeft.models.compose import compose_model
+from tests.models.parts import tiny_language, tiny_vision
+from tests.tiny import tiny_image_processor, tiny_llava, tiny_tokenizer
 
 PRESETS = sorted(path.parent for path in asset_directory("adapters").glob("*/*/adapter_config.json"))
-MODELS = {"llava": tiny_llava}
 PARTS = {
     "projector": {"projector"},
     "lora": {"language"},
@@ -21,12 +23,29 @@ PARTS = {
     "vision-lora": {"vision"},
 }
 
+
+def tiny_composed():
+    """Two encoders of unlike names, which the LLaVA class cannot hold."""
+    tokenizer = tiny_tokenizer()
+    model, _ = compose_model(
+        vision=[tiny_vision("siglip"), tiny_vision("dinov2")],
+        language=tiny_language("llama", tokenizer),
+        projector="fusion_mlp",
+        tokenizer=tokenizer,
+        image_processor=[tiny_image_processor(), tiny_image_processor()],
+    )
+    return model
+
+
+MODELS = {"llava": tiny_llava, "composed": tiny_composed}
+
 presets = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
-def test_there_are_presets_and_each_belongs_to_a_family():
-    assert {f"llava/{name}" for name in PARTS} <= {f"{path.parent.name}/{path.name}" for path in PRESETS}
-    assert {path.parent.name for path in PRESETS} <= {spec.name for spec in FAMILIES}
+def test_each_family_has_presets_and_each_preset_a_family():
+    names = {f"{path.parent.name}/{path.name}" for path in PRESETS}
+    assert {f"llava/{name}" for name in PARTS} | {"composed/lora", "composed/vision-lora"} <= names
+    assert {path.parent.name for path in PRESETS} == {spec.name for spec in FAMILIES}
 
 
 @presets
@@ -53,13 +72,18 @@ def test_it_trains_exactly_its_parts_and_changes_no_logit(preset):
 
 
 @presets
-def test_lora_reaches_every_projection_and_saved_modules_are_the_projectors_leaves(preset):
+def test_lora_reaches_every_layer_and_saved_modules_are_the_projectors_leaves(preset):
     model = MODELS[preset.parent.name]()
     spec = family_of(model)
     leaves = set(spec.projector_leaves(model, spec))
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     parts = PARTS[preset.name]
-    expected = {name for name in linear if spec.part_of(name) in parts - {"projector"} and name != "lm_head"}
+    expected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and re.search(r"\.layers?\.\d+\.", name)  # not the heads of the language model and of SigLIP
+        and spec.part_of(name) in parts - {"projector"}
+    }
     attached = peft.get_peft_model(model, PeftConfig.from_pretrained(preset))
     names = [name for name, _ in attached.named_parameters()]
     assert {base_name(name.partition(".lora_A.")[0]) for name in names if ".lora_A." in name} == expected
