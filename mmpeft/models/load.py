@@ -1,0 +1,237 @@
+"""A model with its processor, from a directory or the Hub, with an adapter or without."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import cached_file
+
+from mmpeft.core.errors import AdapterError, ModelError
+from mmpeft.core.files import read_json
+from mmpeft.families.registry import FAMILIES
+from mmpeft.models.checkpoints import check_complete, check_name, load_weights, reading
+from mmpeft.models.devices import pick_device, pick_dtype
+from mmpeft.models.modeling_composed import ComposedConfig
+
+logger = logging.getLogger(__name__)
+
+FACTS_NAME = "mmpeft.json"
+"""File of an adapter that mmpeft wrote; its `base_model_relative` says where the base lies from there."""
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.gguf", "*.onnx", "checkpoint-*"]
+_SHOWN = 3
+"""Names listed in a message before it says how many more there are."""
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model and its processor.
+
+        load_model("llava-hf/llava-1.5-7b-hf")                          a base
+        load_model("llava-hf/llava-1.5-7b-hf", adapter="me/receipts")   a base with an adapter on it
+        load_model("runs/receipts/adapter")                             an adapter, on the base that it names
+
+    Args:
+        name_or_path: hub id or directory of a model of a known family, or of an adapter.
+        adapter: hub id or directory of an adapter for that model.
+        device: "auto" (the accelerator, else the CPU), or a torch device.
+        dtype: "auto" (float32 on a CPU, else the checkpoint's own), or a precision.
+        trust_remote_code: whether code that comes with the checkpoint may run. Composed models need none here.
+
+    Returns:
+        The model in eval mode, a `PeftModel` if there is an adapter; and the processor, the adapter's own if it
+        has one, else the base's.
+
+    Raises:
+        ModelError: not there, not reachable, no safetensors, or not a multimodal model of a known family.
+        AdapterError: the adapter does not fit the base to the last key, or its base is not to be found.
+    """
+    target = pick_device(device)
+    precision = pick_dtype(dtype, target)
+    base, folder = str(name_or_path), None
+    if adapter is not None:
+        folder = _resolve_adapter(str(adapter))
+    elif _is_adapter(base):
+        folder = _resolve_adapter(base)
+        base = adapter_base(folder)
+    try:
+        model = _load_base(base, dtype=precision, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        if folder is None or adapter is not None:
+            raise
+        raise AdapterError(
+            f"{name_or_path}: its base model cannot be read ({error}); say where the base is: "
+            f"load_model(BASE, adapter={str(name_or_path)!r})"
+        ) from error
+    cast(nn.Module, model).to(target)
+    processor = load_processor(base, adapter=folder, trust_remote_code=trust_remote_code)
+    return (model if folder is None else _attach(model, folder)), processor
+
+
+def load_processor(
+    name_or_path: str | Path, *, adapter: str | Path | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The processor that lies in the adapter's directory, else the base's.
+
+    Raises:
+        ModelError: there is none, or it does not take pictures and text.
+    """
+    beside = adapter is not None and any((Path(adapter) / file).is_file() for file in _PROCESSOR_FILES)
+    name = str(adapter if beside else name_or_path)
+    check_name(name)
+    with reading(name, "processor"):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(
+            f"{name}: {type(processor).__name__} is no processor of pictures and text; expected processor_config.json, "
+            "an image processor and a tokenizer there"
+        )
+    return processor
+
+
+def adapter_base(folder: str | Path) -> str:
+    """Directory or hub id of the model that an adapter was made for.
+
+    Raises:
+        AdapterError: the adapter names none, or a directory that is not there any more.
+    """
+    folder = Path(folder)
+    named = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+    if not named:
+        raise AdapterError(
+            f"{folder}: the adapter names no base model; load it as load_model(BASE, adapter={str(folder)!r})"
+        )
+    if Path(named).is_dir() or not Path(named).is_absolute():
+        return str(named)
+    facts = folder / FACTS_NAME
+    relative = read_json(facts).get("base_model_relative") if facts.is_file() else None
+    if relative and (folder / relative).is_dir():
+        moved = str((folder / relative).resolve())
+        logger.info("the base model is not at %s any more; taking it from %s", named, moved)
+        return moved
+    raise AdapterError(
+        f"{folder}: its base model {named} does not exist any more; put it back, or say where it is: "
+        f"load_model(BASE, adapter={str(folder)!r})"
+    )
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a directory or hub repository holds an adapter and no model of its own."""
+    if Path(name).is_dir():
+        return (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file()
+    check_name(name)
+    with reading(name, "model"):
+        found = cached_file(
+            name,
+            CONFIG_NAME,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return found is not None
+
+
+def _resolve_adapter(name: str) -> Path:
+    """The adapter's directory, fetched without pickles if it is on the Hub; checked to hold a whole adapter."""
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            check_name(name)
+            with reading(name, "adapter"):
+                folder = Path(snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    lacking = [file for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / file).is_file()]
+    if lacking:
+        pickled = (
+            " (a pickled .bin can run code when it is read and is refused)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise AdapterError(
+            f"{name}: no {' and no '.join(lacking)} there{pickled}; expected the directory of a whole PEFT adapter"
+        )
+    return folder
+
+
+def _load_base(name: str, *, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    check_name(name)
+    with reading(name, "model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    known = [model_type for family in FAMILIES for model_type in family.model_types]
+    if config.model_type not in known:
+        raise ModelError(
+            f"{name}: model type {config.model_type!r} is not supported; supported: {', '.join(known)}; a language "
+            f"model and a vision encoder become a {ComposedConfig.model_type} or llava model by mmpeft.compose_model"
+        )
+    model, missing = load_weights(
+        AutoModelForImageTextToText,
+        name,
+        kind="vision-language model",
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        config=config,
+    )
+    check_complete(name, missing)
+    return model
+
+
+def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter on its base, every tensor of it in its place.
+
+    Raises:
+        AdapterError: modules, shapes or names differ from the base's; names examples.
+    """
+    try:
+        with warnings.catch_warnings():
+            # `_check_keys` says it as an error; peft 0.21 only warns.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            peft_model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            stored = set(file.keys())
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
+        raise AdapterError(
+            f"{folder}: the adapter does not fit {type(model).__name__} ({said}); "
+            "load it on the base model that it was trained on"
+        ) from error
+    _check_keys(peft_model, stored, folder)
+    return peft_model.eval()
+
+
+def _check_keys(model: PeftModel, stored: set[str], folder: Path) -> None:
+    expected = {_plain(name) for name in get_peft_model_state_dict(model, save_embedding_layers=False)}
+    base = {f"base_model.model.{name.replace('.base_layer.', '.')}" for name in model.get_base_model().state_dict()}
+    names = {_plain(name) for name in stored}
+    missing, unexpected = sorted(expected - names), sorted(names - expected - base)
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
+        for what, keys in (("are lacking", missing), ("have no place in the model", unexpected))
+        if keys
+    ]
+    if problems:
+        raise AdapterError(
+            f"{folder}: the adapter would do nothing or less than it should on "
+            f"{type(model.get_base_model()).__name__}; of its weights {'; '.join(problems)}; load it on the base model "
+            "that it was trained on"
+        )
+
+
+def _plain(name: str) -> str:
+    """A tensor's name as `get_peft_model_state_dict` gives it; DoRA's magnitudes are stored by two names."""
+    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
