@@ -52,6 +52,19 @@ FORGETFUL = CHAT_TEMPLATE.replace(
     "{{ '<|im_start|>' + message['role'] + ('\n' if loop.last else '\n\n') }}",
 )
 
+THINKING_PROMPT = CHAT_TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}")
+
+CLOSED_AT_THE_END = CHAT_TEMPLATE.replace(
+    "{{ '<|im_end|>\n' }}", "{{ '<|im_end|>' if loop.last else '<|im_end|>\n' }}"
+).replace("{{ '<|im_end|>' if", "{{ '<|im_end|><|pad|>' if")
+
+OPENED_BY_CONTROL = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ 'Q:' }}"
+    "{%- else -%}{{ 'A:<|im_start|>' }}{%- endif -%}" + _ITEMS + "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'A:' }}{%- endif -%}"
+)
+
 STRINGS_ONLY = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
 
 PYTHON_LIST = "{% for message in messages %}{{ message['role'] }}{{ message['content'] | trim }}{% endfor %}"

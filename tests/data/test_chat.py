@@ -40,22 +40,15 @@ def test_a_changed_template_is_seen():
 )
 def test_spans_hold_the_answers_and_nothing_of_the_prompt(template):
     text, spans = assistant_spans(processor_with(template), conversation("q1", "a1", "q2", "a2", system="s"))
-    assert [text[start:end].strip() for start, end in spans] == [
-        f"a{number}{end}"
-        for number, end in zip(
-            (1, 2),
-            {templates.LLAVA_15: ("", ""), templates.EOS_IN_BETWEEN: ("<|im_end|>",) * 2}.get(
-                template, ("<|im_end|>",) * 2
-            ),
-            strict=True,
-        )
-    ]
+    end_token = "" if template == templates.LLAVA_15 else "<|im_end|>"
+    assert [text[start:end].strip() for start, end in spans] == [f"a1{end_token}", f"a2{end_token}"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_named():
+@pytest.mark.parametrize("template", [templates.FORGETFUL, templates.THINKING_PROMPT, templates.CLOSED_AT_THE_END])
+def test_a_template_that_rewrites_earlier_turns_is_named(template):
     turns = conversation("q1", "a1", "q2", "a2")
     with pytest.raises(DataError, match=r"writes the turns before turn 1 differently .* only appends"):
-        assistant_spans(processor_with(templates.FORGETFUL), turns)
+        assistant_spans(processor_with(template), turns)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ def test_columns_are_rounded_up(processor, encoded, multiple):
     assert columns % multiple == 0
     assert longest <= columns < longest + multiple
     assert batch["attention_mask"].shape == batch["labels"].shape == batch["input_ids"].shape
+    padding = batch["attention_mask"] == 0
+    assert (batch["labels"][padding] == IGNORE_INDEX).all()
+    assert (batch["input_ids"][padding] == processor.tokenizer.pad_token_id).all()
 
 
 def test_a_tokenizer_without_padding_token_pads_with_its_end_token(processor, encoded):

@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import normalizers
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -18,6 +19,7 @@ from mmpeft.data.dataset import load_dataset
 from mmpeft.data.media import load_image
 from mmpeft.data.types import Question, Turn
 from tests.data.files import colour_set, gpt, human, picture, row, write_json, write_lines
+from tests.data.templates import PICTURELESS
 from tests.tiny import tiny_llava
 
 
@@ -121,7 +123,7 @@ def test_an_empty_file_and_a_missing_one_are_errors(tmp_path, processor):
 
 def test_all_problems_come_together_with_place_reason_and_count(tmp_path, processor):
     picture(tmp_path / "ok.png")
-    rows = [row(id="good", image="ok.png"), row(id="gone", image="no.png"), row(human("q")), row(gpt("a<|im_end|>"))]
+    rows = [row(id="good"), row(id="gone", image="no.png"), row(human("q")), row(gpt("a<|im_end|>"))]
     rows += [row(human("<|im_start|>"), gpt("x")), *({"id": f"e{number}", "conversations": []} for number in range(9))]
     path = write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as caught:
@@ -216,6 +218,45 @@ def test_a_template_that_fails_is_found_before_training(path, processor):
     with pytest.raises(DataError, match=r"4 samples of .* cannot be used") as caught:
         load_dataset(path, processor=processor)
     assert "does not take this conversation: one item" in str(caught.value)
+
+
+def test_a_template_that_drops_pictures_is_found_before_training(path, processor):
+    processor.chat_template = PICTURELESS
+    with pytest.raises(DataError, match="writes 0 picture tokens for 1 pictures"):
+        load_dataset(path, processor=processor)
+
+
+def test_samples_too_long_by_their_pictures_alone_are_counted(path, processor, monkeypatch):
+    monkeypatch.setattr("mmpeft.data.verify.picture_length", lambda processor, size: 100)
+    dataset = load_dataset(path, processor=processor, max_length=120, on_error="skip", max_skipped=4)
+    assert len(dataset.skipped) + dataset.truncated == 4
+
+
+def test_samples_that_a_normaliser_makes_too_long_are_counted(tmp_path, processor):
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    ligatures = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}" * 50
+    rows = [row(human("q"), gpt("a" * 20)), *[row(human("q"), gpt("a" + ligatures))] * 2]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert load_dataset(path, processor=processor, max_length=300).truncated == 2
+
+
+def test_halves_of_surrogate_pairs_stop_no_reader(tmp_path, processor):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"\\ud83d": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}\n'
+        '{"id": "\\ud83d", "conversations": [{"\\ud83d": 1}]}\n'
+    )
+    dataset = load_dataset(path, processor=processor, on_error="skip", max_skipped=1)
+    assert (len(dataset), [skipped.index for skipped in dataset.skipped]) == (1, [1])
+
+
+def test_the_same_bytes_are_another_entry_under_another_suffix(tmp_path, processor):
+    array = write_json(tmp_path / "a.json", [row()])
+    assert len(load_dataset(array, processor=processor)) == 1
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(array.read_bytes())
+    with pytest.raises(DataError, match="not one JSON object on one line"):
+        load_dataset(lines, processor=processor)
 
 
 def test_one_question_an_answer_with_the_pictures_its_prompt_shows(tmp_path, processor):
