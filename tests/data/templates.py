@@ -55,8 +55,9 @@ FORGETFUL = CHAT_TEMPLATE.replace(
 THINKING_PROMPT = CHAT_TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}")
 
 CLOSED_AT_THE_END = CHAT_TEMPLATE.replace(
-    "{{ '<|im_end|>\n' }}", "{{ '<|im_end|>' if loop.last else '<|im_end|>\n' }}"
-).replace("{{ '<|im_end|>' if", "{{ '<|im_end|><|pad|>' if")
+    "{{ '<|im_end|>\n' }}",
+    "{{ '<|im_end|>' + ('<|pad|>' if loop.last and message['role'] == 'assistant' else '\n') }}",
+)
 
 OPENED_BY_CONTROL = (
     "{%- for message in messages -%}"
