@@ -181,17 +181,13 @@ def _turn(item: Any, number: int) -> Turn:
     for key in TURN_KEYS:
         if key not in item:
             keys = ", ".join(f"`{key}`" for key in item) or "none"
-            raise _UnusableError(
-                f"turn {number} has no `{key}` (its keys: {keys}); expected `from` and `value`"
-            )
+            raise _UnusableError(f"turn {number} has no `{key}` (its keys: {keys}); expected `from` and `value`")
     speaker, value = _text(item["from"], f"`from` of turn {number}"), item["value"]
     if speaker not in ROLES:
         raise _UnusableError(f"turn {number} is from {speaker!r}{did_you_mean(speaker, ROLES)}")
     value = _text(value, f"the text of turn {number}")
     if not value.strip():
-        raise _UnusableError(
-            f"turn {number} (from {speaker}) has an empty text; write it, or leave the sample out"
-        )
+        raise _UnusableError(f"turn {number} (from {speaker}) has an empty text; write it, or leave the sample out")
     return Turn(role=ROLES[speaker], text=value)
 
 
@@ -213,8 +209,7 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
         )
     if turns[-1].role != "assistant":
         raise _UnusableError(
-            f"the last turn is from {names[turns[-1].role]}; expected a gpt turn: "
-            "add the answer, or remove the turn"
+            f"the last turn is from {names[turns[-1].role]}; expected a gpt turn: add the answer, or remove the turn"
         )
 
 

@@ -64,8 +64,7 @@ def resolve_picture(name: str | Path, *, root: Path) -> Path:
         raise DataError(f"picture {text!r} is no usable path: {error}") from error
     if not inside:
         raise DataError(
-            f"picture {text!r} lies outside the media root {base} (at {path}); "
-            "move it inside, or set media_root"
+            f"picture {text!r} lies outside the media root {base} (at {path}); move it inside, or set media_root"
         )
     if not regular:
         found = "is no regular file" if path.exists() else "does not exist"
@@ -100,9 +99,7 @@ def load_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAG
             image = _open(file, str(name), max_image_pixels)
             image.load()
             if image.mode == "F":
-                raise DataError(
-                    f"picture {str(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel"
-                )
+                raise DataError(f"picture {str(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel")
             return to_rgb(ImageOps.exif_transpose(image))
     except (DataError, MemoryError):
         raise
@@ -143,9 +140,7 @@ def _open(file: BinaryIO, name: str, max_image_pixels: int) -> ImageFile:
             raise DataError(f"picture {name!r} is no readable {identifier}: {_said(error)}") from error
         _check_size(image, name, max_image_pixels)
         return image
-    raise DataError(
-        f"picture {name!r} is not a picture (begins with {prefix[:8]!r}); expected {', '.join(FORMATS)}"
-    )
+    raise DataError(f"picture {name!r} is not a picture (begins with {prefix[:8]!r}); expected {', '.join(FORMATS)}")
 
 
 def _check_size(image: ImageFile, name: str, max_image_pixels: int) -> None:
