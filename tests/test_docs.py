@@ -4,6 +4,7 @@ A fenced block with a file name behind its language (```yaml digits.yaml) is a f
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 import mmpeft
 from mmpeft.cli.main import app
 from mmpeft.config.recipe import Recipe
+from mmpeft.data.formats import parse_row
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,6 +82,13 @@ def test_recipes_parse(page, tmp_path):
             Recipe.from_yaml(tmp_path / "recipe.yaml")
         else:
             pytest.fail(f"a YAML block of {page.name} is no whole recipe: {block.text[:60]!r}")
+
+
+@pages
+def test_data_parses(page):
+    for block in blocks(page, "json"):
+        for index, row in enumerate(json.loads(block.text)):
+            parse_row(row, file=page, index=index, line=1)
 
 
 @pages
