@@ -98,6 +98,14 @@ def test_commands_and_their_options_exist(page):
 
 
 @pages
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+    assert named <= targets
+
+
+@pages
 def test_commands_named_in_the_text_exist(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for line in INLINE.findall(text):
