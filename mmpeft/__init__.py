@@ -32,7 +32,30 @@ _HOME_OF = {
     "save_adapter": "methods.checkpoint",
 }
 
-__all__ = ["__version__", *_HOME_OF]
+__all__ = [
+    "AdapterError",
+    "DataError",
+    "MMPeftError",
+    "MissingDependencyError",
+    "ModelError",
+    "MultimodalCollator",
+    "MultimodalTrainer",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "RunInterrupted",
+    "RunResult",
+    "__version__",
+    "answer",
+    "compose_model",
+    "evaluate_model",
+    "get_peft_model",
+    "load_dataset",
+    "load_model",
+    "register_projector",
+    "run",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -44,9 +45,10 @@ def options(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("mmpeft").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
+        # Read by the libraries when they are imported, which the command that follows does.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
 def main() -> None:

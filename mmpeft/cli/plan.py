@@ -24,17 +24,19 @@ def plan(
     if as_json:
         print_json({"stages": stages})
         return
+    console = human(as_json)
     for stage in stages:
-        human(as_json).print(_table(stage))
+        batch = stage["batch"]
+        console.print(
+            f"[bold]{stage['name']}[/bold]: {stage['samples']} samples, {stage['steps']} steps of {batch['size']} "
+            f"({batch['micro']} at once, {batch['accumulation']} accumulated, {batch['processes']} process(es))",
+            soft_wrap=True,
+        )
+        console.print(_table(stage))
 
 
 def _table(stage: dict[str, Any]) -> Table:
-    batch = stage["batch"]
-    table = Table(
-        title=f"{stage['name']}: {stage['samples']} samples, {stage['steps']} steps of {batch['size']} "
-        f"({batch['micro']} at once, {batch['accumulation']} accumulated, {batch['processes']} process(es))",
-        title_justify="left",
-    )
+    table = Table()
     table.add_column("part")
     table.add_column("state")
     for name in ("parameters", "trainable", "learning rate"):

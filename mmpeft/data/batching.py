@@ -33,9 +33,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: of the shuffle; the epoch is added to it.
     """
 
-    def __init__(
-        self, *, length: int, micro: int, accumulation: int, world: int, rank: int, seed: int
-    ) -> None:
+    def __init__(self, *, length: int, micro: int, accumulation: int, world: int, rank: int, seed: int) -> None:
         self.length, self.micro, self.accumulation = length, micro, accumulation
         self.world, self.rank, self.seed, self.epoch = world, rank, seed, 0
 

@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from mmpeft.core.files import ensure_directory, write_json
 from mmpeft.core.optional import require
 
-SIDE, PATCH = 32, 8
-"""Pixels of a picture's side, and of a patch: 16 picture tokens."""
+SIDE, PATCH = 32, 16
+"""Pixels of a picture's side, and of a patch: 4 picture tokens."""
 
 QUESTIONS = {
     "digit": "Which digit is written here?",

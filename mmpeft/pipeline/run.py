@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,8 +150,7 @@ class _Run:
             write_json(directory.data, {"train": _describe(self.train), "eval": self.eval and _describe(self.eval)})
         self.plan = {row["name"]: row for row in plan}
         stored = read_json(directory.evaluation) if directory.evaluation.exists() else {}
-        kept = ("before", *(stage.name for stage in recipe.stages))
-        self.stored = {name: stored[name] for name in kept if name in stored}
+        self.stored = stored
         self.state.wait_for_everyone()
 
     def evaluate_base(self) -> None:
@@ -203,12 +203,13 @@ class _Run:
     def _announce(self, stage: StageConfig) -> None:
         row = self.plan[stage.name]
         parts = ", ".join(
-            f"{name} {part['trainable'] / 1e6:.2f} M at {part['learning_rate']:g}"
+            f"{name} {part['trainable']:,} weights at {part['learning_rate']:g}"
             for name, part in row["parts"].items()
             if part["trainable"]
         )
         self.console.print(
-            f"[bold]{stage.name}[/bold]: {parts} · {row['steps']} steps of {row['batch']['size']} samples"
+            f"[bold]{stage.name}[/bold]: {parts} · {row['steps']} steps of {row['batch']['size']} samples",
+            soft_wrap=True,
         )
 
     def _move_on(self, stage: StageConfig, folder: StageDirectory, input_hash: str) -> None:
@@ -244,9 +245,9 @@ class _Run:
         figures = " · ".join(f"{metric} {value:.3f}" for metric, value in scores["metrics"].items())
         self.console.print(f"  held out, {name}: {figures} ({scores['seconds']:.0f} s)")
 
-    def _write_evaluations(self, **extra: Any) -> None:
-        if self.state.is_main_process:
-            write_json(self.directory.evaluation, {**self.evaluations, **extra})
+    def _write_evaluations(self) -> None:
+        if self.state.is_main_process and self.evaluations != self.stored:
+            write_json(self.directory.evaluation, self.evaluations)
 
     def finish(self) -> RunResult:
         """The adapter under its final name, with its facts and card."""
@@ -271,11 +272,15 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         scored = {name: self.evaluations[name] for name in ("before", "after") if name in self.evaluations}
-        model = skeleton(self.position.base, trust_remote_code=self.recipe.trust_remote_code)
+        base = self.position.base
+        model = skeleton(base, trust_remote_code=self.recipe.trust_remote_code)
+        local = Path(base).is_dir()
         return {
             "mmpeft_version": versions()["mmpeft"],
             "input_hash": self.position.input_hash,
-            "base_model": self.position.base,
+            "base_model": base,
+            # A run that was moved as a whole still finds its base.
+            "base_model_relative": os.path.relpath(base, self.directory.adapter.resolve()) if local else None,
             "family": family_of(model).name,
             "recipe": self.recipe.to_dict(),
             "stages": [stage["name"] for stage in self.stages],

@@ -1,4 +1,5 @@
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,8 +47,6 @@ def test_a_step_holds_the_same_samples_on_one_process_and_on_several(n, micro, a
 
 
 def test_the_order_is_that_of_accelerates_seedable_sampler():
-    from accelerate.data_loader import SeedableRandomSampler
-
     sampler = SeedableRandomSampler(range(10), data_seed=3)
     sampler.set_epoch(2)
     want = list(sampler)

@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import mmpeft
 from mmpeft import Recipe
+from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError, OutputError, RecipeError
 from mmpeft.core.files import read_json
 from mmpeft.training.callbacks import read_metrics
@@ -101,10 +104,10 @@ def test_the_adapter_gives_the_same_logits_and_answers_without_mmpeft(finished, 
     picture = folder / "data" / "images" / "eval-1.png"
     out = tmp_path / "logits.pt"
     site = Path(torch.__file__).parent.parent
+    arguments = [str(result.result), str(folder / "base"), str(picture), str(out)]
     done = subprocess.run(
         # -S leaves out the .pth file by which an editable install of mmpeft is found; -I leaves out this checkout.
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{program}"]
-        + [str(result.result), str(folder / "base"), str(picture), str(out)],
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{program}", *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -115,8 +118,6 @@ def test_the_adapter_gives_the_same_logits_and_answers_without_mmpeft(finished, 
     model, processor = mmpeft.load_model(str(result.result), device="cpu")
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "bright?"}]}]
     text = processor.apply_chat_template(message, add_generation_prompt=True)
-    from PIL import Image
-
     batch = processor(text=[text], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
     with torch.no_grad():
         want = model(**batch).logits
@@ -210,8 +211,6 @@ def test_a_part_trained_earlier_stays_in_the_adapter_when_a_later_stage_leaves_i
     result = run(write_project(tmp_path, stages=stages))
     plan = read_json(tmp_path / "run" / "plan.json")["stages"][1]["parts"]
     assert plan["projector"]["state"] == "carried"
-    from safetensors.torch import load_file
-
     one = load_file(tmp_path / "run/stages/01-projector/adapter/adapter_model.safetensors")
     two = load_file(result.result / "adapter_model.safetensors")
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
@@ -226,7 +225,9 @@ SLOW_STAGE = [{**TWO_STAGES[0], "max_steps": 60, "trainer": {"save_steps": 5, "s
 
 
 def start_and_wait_for(path, metrics, step):
-    process = subprocess.Popen(command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if any(row["step"] >= step for row in read_metrics(metrics)):
@@ -236,8 +237,6 @@ def start_and_wait_for(path, metrics, step):
 
 
 def weights(folder):
-    from safetensors.torch import load_file
-
     return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
 
 
@@ -288,8 +287,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path, micro):
     batch = {"size": 8} if micro is None else {"size": 8, "micro": micro}
     one, two = tmp_path / "one", tmp_path / "two"
     run(write_project(one, stages=stages, batch=batch))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    config = asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     launch += ["-m", "mmpeft", "run", str(write_project(two, stages=stages, batch=batch))]
     done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -305,8 +304,6 @@ def test_two_processes_have_the_losses_of_one(tmp_path, micro):
 
 def test_bf16_weights_train_and_answer(tmp_path):
     result = run(write_project(tmp_path, dtype="bfloat16"))
-    from safetensors.torch import load_file
-
     assert {t.dtype for t in load_file(result.result / "adapter_model.safetensors").values()} == {torch.float32}
     rows = read_metrics(tmp_path / "run/stages/02-language/metrics.jsonl")
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)

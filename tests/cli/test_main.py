@@ -1,0 +1,154 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mmpeft.cli.main import app, main
+from mmpeft.core.files import read_json
+from mmpeft.pipeline.quickstart import quickstart_recipe
+from tests.project import TWO_STAGES, write_project
+from tests.tiny import tiny_clip, tiny_image_processor, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _same_afterwards(monkeypatch):
+    """The program sets environment and log levels for itself; other tests keep theirs."""
+    for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    level = logging.getLogger("mmpeft").level
+    yield
+    logging.getLogger("mmpeft").setLevel(level)
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Exit status, stdout and stderr of the program."""
+    monkeypatch.setattr(sys, "argv", ["mmpeft", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out, errors = capsys.readouterr()
+    return caught.value.code or 0, out, errors
+
+
+def test_every_command_has_a_help_with_a_sentence():
+    text = CliRunner().invoke(app, ["--help"]).output
+    for name in ("quickstart", "run", "plan", "evaluate", "generate", "data", "recipes"):
+        assert name in text
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_a_bad_recipe_is_status_2_with_every_problem(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("modle: m\ndata: {train: t, on_eror: skip}\nstages: two-stag\n")
+    status, out, errors = call(monkeypatch, capsys, "run", path)
+    assert status == 2
+    assert out == ""
+    for said in ("did you mean 'model'?", "did you mean 'on_error'?", "did you mean 'two-stage'?"):
+        assert said in errors
+    assert "Traceback" not in errors
+
+
+def test_wrong_use_is_status_2(monkeypatch, capsys):
+    assert call(monkeypatch, capsys, "run")[0] == 2
+    assert call(monkeypatch, capsys, "nothing")[0] == 2
+
+
+def test_bad_data_is_status_3(tmp_path, monkeypatch, capsys):
+    path = write_project(tmp_path)
+    (tmp_path / "data" / "train.json").write_text('[{"id": "1", "image": "a.png", "conv')
+    status, _, errors = call(monkeypatch, capsys, "run", path)
+    assert status == 3
+    assert "train.json" in errors
+
+
+def test_a_model_that_is_not_there_is_status_1(monkeypatch, capsys):
+    status, _, errors = call(monkeypatch, capsys, "generate", "./nowhere", "--prompt", "x")
+    assert status == 1
+    assert "nowhere" in errors
+
+
+def test_run_plan_generate_and_evaluate_from_the_command_line(tmp_path, monkeypatch, capsys):
+    path = write_project(tmp_path)
+    status, out, errors = call(monkeypatch, capsys, "plan", path, "--json")
+    assert status == 0, errors
+    plan = json.loads(out)["stages"]
+    assert [stage["steps"] for stage in plan] == [4, 6]
+    assert plan[1]["parts"]["language"]["state"] == "lora"
+    status, out, errors = call(monkeypatch, capsys, "run", path, "--set", "stages.language.max_steps=2", "--json")
+    assert status == 0, errors
+    result = json.loads(out)
+    assert [stage["status"] for stage in result["stages"]] == ["trained", "trained"]
+    assert "held out, before" in errors
+    picture = tmp_path / "data" / "images" / "eval-1.png"
+    arguments = ["generate", result["result"], "--image", picture, "--prompt", "bright?", "--max-new-tokens", "3"]
+    status, out, errors = call(monkeypatch, capsys, *arguments, "--json")
+    assert status == 0, errors
+    answer = json.loads(out)["answer"]
+    data = ["--data", tmp_path / "data" / "eval.json", "--media-root", tmp_path / "data" / "images"]
+    options = ["--metric", "exact_match", "--max-new-tokens", "3", "--json"]
+    status, out, errors = call(monkeypatch, capsys, "evaluate", result["result"], *data, *options)
+    assert status == 0, errors
+    scores = json.loads(out)
+    after = read_json(tmp_path / "run" / "evaluation.json")["after"]
+    assert scores["metrics"] == after["metrics"]
+    assert [row["answer"] for row in scores["predictions"]] == [row["answer"] for row in after["predictions"]]
+    assert isinstance(answer, str)
+
+
+def test_the_plan_for_people_is_a_table(tmp_path, monkeypatch, capsys):
+    status, out, errors = call(monkeypatch, capsys, "plan", write_project(tmp_path, stages=TWO_STAGES[:1]))
+    assert status == 0, errors
+    assert "22 samples, 4 steps of 8 (4 at once, 2 accumulated, 1 process(es))" in out
+    assert "1,600" in out
+
+
+def test_a_composed_model_comes_from_the_recipe_and_is_made_once(tmp_path, monkeypatch, capsys):
+    tokenizer = tiny_tokenizer(image_token=False)
+    for name, parts in (
+        ("vision", (tiny_clip(), tiny_image_processor())),
+        ("language", (tiny_llama(tokenizer), tokenizer)),
+    ):
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    model = {"vision": str(tmp_path / "vision"), "language": str(tmp_path / "language"), "vision_feature_layer": -1}
+    path = write_project(tmp_path, model=model, stages=TWO_STAGES[:1])
+    status, _, errors = call(monkeypatch, capsys, "run", path, "--json")
+    assert status == 0, errors
+    base = tmp_path / "run" / "model"
+    assert read_json(base / "config.json")["architectures"] == ["LlavaForConditionalGeneration"]
+    assert read_json(tmp_path / "run/adapter/adapter_config.json")["base_model_name_or_path"] == str(base)
+    made = (base / "model.safetensors").stat().st_mtime_ns
+    status, out, errors = call(monkeypatch, capsys, "run", path, "--json")
+    assert json.loads(out)["stages"][0]["status"] == "unchanged", errors
+    assert (base / "model.safetensors").stat().st_mtime_ns == made
+    # A run that was moved as a whole still finds its base.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    arguments = ["generate", tmp_path / "moved" / "adapter", "--prompt", "bright?", "--max-new-tokens", "2"]
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+
+
+def test_python_m_mmpeft_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "mmpeft", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("mmpeft 0.")
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    program = (
+        "import sys; from typer.testing import CliRunner; from mmpeft.cli.main import app; "
+        "CliRunner().invoke(app, ['--help']); print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_quickstarts_recipe_parses():
+    recipe = quickstart_recipe(Path("x"), language="l", compose=True, seed=3, smallest=True)
+    assert [stage.max_steps for stage in recipe.stages] == [2, 2]
+    assert yaml.safe_dump(recipe.to_dict())
+    other = quickstart_recipe(Path("x"), language="some/vlm", compose=False, seed=0, smallest=False)
+    assert other.model == "some/vlm"
