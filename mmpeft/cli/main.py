@@ -59,7 +59,7 @@ def main() -> None:
     except MMPeftError as error:
         if verbose:
             err.print_exception()
-        err.print(f"[bold red]error:[/] {type(error).__name__}")
+        err.print("[bold red]error:[/] ", end="")
         err.print(str(error), markup=False, soft_wrap=True)
         raise SystemExit(_status(error)) from None
     except KeyboardInterrupt:

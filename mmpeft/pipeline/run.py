@@ -1,5 +1,6 @@
 """A recipe from end to end: data, stages, evaluation, adapter, report."""
 
+import contextlib
 import datetime
 import logging
 import os
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
-from mmpeft.core.errors import RecipeError
+from mmpeft.core.errors import OutputError, RecipeError
 from mmpeft.core.files import ensure_directory, read_json, write_json, write_text
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
@@ -81,9 +82,14 @@ def run(recipe: Recipe, *, resume: bool = True, until: str | None = None, consol
             session.advance(index, stage, resume=resume)
             if stage.name == until:
                 break
-        return session.finish()
-    finally:
-        session.record()
+        result = session.finish()
+    except BaseException:
+        # The report of a run that broke off; where even that cannot be written, its own error is the one to see.
+        with contextlib.suppress(OutputError):
+            session.record()
+        raise
+    session.record()
+    return result
 
 
 def _processes(recipe: Recipe) -> PartialState:

@@ -1,5 +1,6 @@
 """One stage from its inputs to its adapter (or model) on disk."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
-from mmpeft.core.errors import RunInterrupted
+from mmpeft.core.errors import OutputError, RunInterrupted
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.data.collate import MultimodalCollator
@@ -145,7 +146,8 @@ def run_stage(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except BaseException:
         if main:
-            folder.write_state({**state, "status": "failed"})
+            with contextlib.suppress(OutputError):
+                folder.write_state({**state, "status": "failed"})
         raise
     finally:
         display.close()

@@ -327,15 +327,6 @@ def test_an_output_that_is_a_file_is_an_error(tmp_path):
         run(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the message is tested in tests/core")
-def test_a_read_only_output_is_an_error(tmp_path):
-    path = write_project(tmp_path)
-    (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(OutputError, match="no permission"):
-        run(write_project(tmp_path, output=str(tmp_path / "locked" / "run")))
-    assert path.exists()
-
-
 def test_a_corrupt_picture_is_named_or_skipped_counted_and_listed(tmp_path):
     path = write_project(tmp_path)
     picture = tmp_path / "data" / "images" / "train-5.png"
@@ -348,3 +339,49 @@ def test_a_corrupt_picture_is_named_or_skipped_counted_and_listed(tmp_path):
     assert [row["index"] for row in skipped] == [5]
     assert "train-5.png" in skipped[0]["reason"]
     assert "train-5.png" in result.report.read_text(encoding="utf-8")
+
+
+def can_mount():
+    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"]
+    try:
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="no user namespaces here, so no file system to fill up")
+def test_a_disk_that_fills_up_leaves_whole_checkpoints_and_a_clear_error(tmp_path):
+    """A real, small file system (tmpfs in a namespace of its own) that checkpoints fill up."""
+    stages = [{**TWO_STAGES[0], "max_steps": 40, "trainer": {"save_steps": 1, "save_total_limit": 40}}]
+    path = write_project(tmp_path, stages=stages, output=str(tmp_path / "small" / "run"))
+    (tmp_path / "small").mkdir()
+    script = (
+        f"mount -t tmpfs -o size=600k tmpfs {tmp_path}/small && "
+        f"{sys.executable} -m mmpeft run {path}; status=$?; cp -r {tmp_path}/small/run {tmp_path}/left; exit $status"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "left" / "adapter").exists()
+    checkpoints = list((tmp_path / "left" / "stages" / "01-projector" / "checkpoints").iterdir())
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert read_json(checkpoint / "trainer_state.json")["global_step"] == int(checkpoint.name.split("-")[1])
+        load_file(checkpoint / "adapter_model.safetensors")
+        torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+
+@pytest.mark.skipif(not can_mount(), reason="no user namespaces here, so no file system that is read-only for root")
+def test_a_read_only_output_is_an_error_before_anything_runs(tmp_path):
+    path = write_project(tmp_path, output=str(tmp_path / "locked" / "run"))
+    (tmp_path / "locked").mkdir()
+    script = f"mount -t tmpfs -o ro tmpfs {tmp_path}/locked && {sys.executable} -m mmpeft run {path}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "the file system is read-only: choose another `output`" in done.stderr
+    assert "Traceback" not in done.stderr
