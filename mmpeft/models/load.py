@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.families.registry import FAMILIES
-from mmpeft.models.checkpoints import check_complete, check_name, load_weights, reading
+from mmpeft.models.checkpoints import check_complete, check_name, load_weights, looks_like_path, reading
 from mmpeft.models.devices import pick_device, pick_dtype
 from mmpeft.models.modeling_composed import ComposedConfig
 
@@ -116,7 +116,7 @@ def adapter_base(folder: str | Path) -> str:
         raise AdapterError(
             f"{folder}: the adapter names no base model; load it as load_model(BASE, adapter={str(folder)!r})"
         )
-    if Path(named).is_dir() or not Path(named).is_absolute():
+    if Path(named).is_dir():
         return str(named)
     facts = folder / FACTS_NAME
     relative = read_json(facts).get("base_model_relative") if facts.is_file() else None
@@ -124,6 +124,8 @@ def adapter_base(folder: str | Path) -> str:
         moved = str((folder / relative).resolve())
         logger.info("the base model is not at %s any more; taking it from %s", named, moved)
         return moved
+    if not looks_like_path(named):
+        return str(named)
     raise AdapterError(
         f"{folder}: its base model {named} does not exist any more; put it back, or say where it is: "
         f"load_model(BASE, adapter={str(folder)!r})"

@@ -4,7 +4,7 @@ This file is saved beside a model's weights and must run without mmpeft: relativ
 Written against transformers 5.24, whose forward argument for a cache is `cache`.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class ComposedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: ComposedConfig
     config_class = ComposedConfig
     main_input_name = "input_ids"
-    input_modalities: ClassVar[list[str]] = ["image", "text"]
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -231,6 +231,7 @@ class ResamplerProjector(nn.Module):
             )
         self.num_queries = num_queries
         self.queries = nn.Embedding(num_queries, text_width)
+        nn.init.trunc_normal_(self.queries.weight, std=0.02)  # as Qwen-VL's (arXiv:2308.12966)
         self.input = nn.Linear(vision_width, text_width)
         self.blocks = nn.ModuleList(_ResamplerBlock(text_width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(text_width)

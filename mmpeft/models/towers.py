@@ -129,7 +129,7 @@ def measure_tower(
         ModelError: the encoder does not take these pixels, has no such layer, gives no patch features in order, or
             lacks weights that its features depend on.
     """
-    pixels = pixels.to(model.dtype)
+    pixels = pixels.to(device=model.device, dtype=model.dtype)
     states = _hidden_states(model, pixels, name)
     if not -len(states) <= layer < len(states):
         raise ModelError(

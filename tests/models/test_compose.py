@@ -15,6 +15,8 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     ViTModel,
+    YolosConfig,
+    YolosModel,
 )
 
 from mmpeft.core.errors import ModelError
@@ -280,6 +282,20 @@ class TestErrors:
         with pytest.raises(ModelError, match=r"a composed model needs one size"):
             compose_model(
                 vision=tiny_clip(), language=tiny_llama(tokenizer), tokenizer=tokenizer, image_processor=pictures
+            )
+
+    def test_an_encoder_whose_last_tokens_are_no_patches(self):
+        tokenizer = tiny_tokenizer()
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        yolos = YolosModel(YolosConfig(**sizes, image_size=[16, 16], patch_size=8, num_detection_tokens=3)).eval()
+        with pytest.raises(
+            ModelError, match=r"YolosModel gives 8 features for 2 x 2 patches, and they are not leading"
+        ):
+            compose_model(
+                vision=yolos,
+                language=tiny_llama(tokenizer),
+                tokenizer=tokenizer,
+                image_processor=tiny_image_processor(),
             )
 
     def test_a_language_model_is_no_encoder(self):

@@ -16,6 +16,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmpeft.core.errors import ModelError
+from mmpeft.data.collate import MultimodalCollator
+from mmpeft.data.encode import encode_sample
+from mmpeft.data.types import Sample, Turn
 from mmpeft.families.registry import family_of
 from mmpeft.models.compose import compose_model
 from mmpeft.models.load import load_model
@@ -350,3 +353,28 @@ def test_a_program_without_mmpeft_loads_it_with_its_own_code(tmp_path):
     assert files <= {file.name for file in Path(tmp_path / "again").iterdir()}
     back, _ = load_model(tmp_path / "again", device="cpu")
     same(logits(back, inputs), logits(model, inputs))
+
+
+def test_a_data_rooms_batch_gives_the_same_loss_whole_and_supervised_only():
+    model, processor = own("resampler", language="gemma2")
+    sample = Sample(
+        id="0",
+        turns=(
+            Turn(role="user", text="<image>\n描述这张图片"),
+            Turn(role="assistant", text="一只猫"),
+            Turn(role="user", text="and this? <image>"),
+            Turn(role="assistant", text="a dog"),
+        ),
+        images=("a.png", "b.png"),
+        index=0,
+        line=1,
+    )
+    encoded = encode_sample(processor, sample, [RED, BLUE])
+    losses = []
+    for supervised_only in (False, True):
+        batch = MultimodalCollator(processor, supervised_only=supervised_only)([encoded, encoded])
+        assert batch["pixel_values"].shape == (4, 3, 16, 16)
+        assert (batch["input_ids"] == model.config.image_token_id).sum() == 4 * processor.tokens_per_image
+        with torch.no_grad():
+            losses.append(model(**batch).loss)
+    torch.testing.assert_close(losses[0], losses[1])

@@ -92,13 +92,24 @@ def test_the_adapters_own_processor_goes_first(base, adapter):
     assert load_processor(base).chat_template == tiny_processor().chat_template
 
 
+def test_dora_magnitudes_by_the_name_that_transformers_reads(base, tmp_path):
+    expected = logits(make_adapter(base, tmp_path / "adapter", use_dora=True))
+    state = load_file(tmp_path / "adapter" / WEIGHTS)
+    named = {f"{name}.weight" if name.endswith("magnitude_vector") else name: state[name] for name in state}
+    assert named.keys() != state.keys()
+    save_file(named, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+    torch.testing.assert_close(logits(load_model(tmp_path / "adapter", device="cpu")[0]), expected)
+
+
 class TestBaseThatMoved:
-    def test_is_found_again_from_the_adapter(self, base, adapter, tmp_path):
+    @pytest.mark.parametrize("name", [None, "runs/base", "../../runs/base"])
+    def test_is_found_again_from_the_adapter(self, base, adapter, tmp_path, name):
         expected = logits(load_model(adapter, device="cpu")[0])
         (adapter / "mmpeft.json").write_text(json.dumps({"base_model_relative": "../base"}))
         shutil.move(tmp_path / "base", tmp_path / "other" / "base")
         shutil.move(tmp_path / "adapter", tmp_path / "other" / "adapter")
         moved = tmp_path / "other" / "adapter"
+        rename_base(moved, name or str(tmp_path / "base"))
         assert adapter_base(moved) == str(tmp_path / "other" / "base")
         torch.testing.assert_close(logits(load_model(moved, device="cpu")[0]), expected)
 
@@ -171,6 +182,10 @@ class TestAdapterThatDoesNotFit:
             load_model(base, adapter=base, device="cpu")
         with pytest.raises(AdapterError, match="no such directory"):
             load_model(base, adapter=tmp_path / "nothing", device="cpu")
+
+    def test_hub_adapter_while_offline(self, base):
+        with pytest.raises(AdapterError, match=r"someone/adapter: no such directory here, and the Hub gave nothing"):
+            load_model(base, adapter="someone/adapter", device="cpu")
 
 
 class TestBaseThatCannotBeRead:
