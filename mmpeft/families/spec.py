@@ -1,7 +1,7 @@
 """What mmpeft has to know of a model family: facts, and the few functions that need the model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -44,14 +44,12 @@ class FamilySpec:
         model_types: values of `config.model_type` that belong to it.
         parts: for each part, the module paths that hold it, as `model.named_modules()` prints them.
         projector_leaves: names the projector's trainable leaf modules in a given model.
-        lora_exclude: leaf names inside a part that LoRA's defaults leave alone.
     """
 
     name: str
     model_types: tuple[str, ...]
     parts: Mapping[Part, tuple[str, ...]]
     projector_leaves: Callable[[nn.Module, "FamilySpec"], list[str]] = all_projector_leaves
-    lora_exclude: tuple[str, ...] = field(default=("lm_head",))
 
     def part_of(self, name: str) -> Part | None:
         """The part that a module or parameter name belongs to; None if to no part."""

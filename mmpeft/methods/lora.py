@@ -40,7 +40,8 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
     modules = part_modules(model, spec, part)
     wanted = fields.get("target_modules", "all-linear")
     if wanted is None or wanted == "all-linear":
-        chosen = [name for name in modules if name.rpartition(".")[2] not in spec.lora_exclude]
+        heads = _heads(model)
+        chosen = [name for name, module in modules.items() if module not in heads]
     elif isinstance(wanted, str):
         chosen = [name for name in modules if _matches(wanted, _inside(name, spec, part))]
     else:
@@ -55,6 +56,12 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
             f"the {part} part has: {', '.join(_leaf_names(modules)) or 'no linear layer at all'}"
         )
     return chosen
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The language-model head, whatever its name (`lm_head`, `embed_out`): LoRA's defaults leave it alone."""
+    inner = [module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings")]
+    return [head for head in inner if head is not None]
 
 
 def _check_each_matched(part: Part, wanted: Iterable[str], chosen: list[str], modules: Iterable[str]) -> None:
