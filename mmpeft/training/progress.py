@@ -70,6 +70,7 @@ class ProgressDisplay(TrainerCallback):
             self.console.print(
                 f"  {self.name} {state.global_step}/{state.max_steps} · {figures} · {left:.0f} s left",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
