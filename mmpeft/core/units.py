@@ -56,6 +56,11 @@ def scientific(value: float | None) -> str:
     return text.replace("e-0", "e-").replace("e+0", "e+")
 
 
+def metric_title(name: str) -> str:
+    """A metric's name for a heading: `exact_match` -> `Exact match`."""
+    return {"anls": "ANLS", "token_f1": "Token F1"}.get(name, name.replace("_", " ").capitalize())
+
+
 def _three(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"

@@ -83,7 +83,7 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "rates": _rate_chart(record.stages),
         "rates_legend": legend((name, f"p-{name}") for name in _parts_with_rates(record.stages)),
         "loading": _loading(record),
-        "metric_title": metric_title,
+        "metric_title": units.metric_title,
         "not_recorded": units.NOT_RECORDED,
     }
 
@@ -130,11 +130,6 @@ def _styles(evaluations: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [
         (name, "c-before" if name == "before" else "c-last" if name == later[-1] else styles[name]) for name in names
     ]
-
-
-def metric_title(name: str) -> str:
-    """A metric's name for a heading: `exact_match` -> `Exact match`."""
-    return {"anls": "ANLS", "token_f1": "Token F1"}.get(name, name.replace("_", " ").capitalize())
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -199,7 +194,7 @@ def _score_tile(evaluations: Sequence[tuple[str, Mapping[str, Any]]], metric: st
         low, high = wilson(after, asked)
         note += f"; 95 % interval {low * 100:.1f} to {high * 100:.1f} %"
     when = _label(first) if first == last else f"{_label(first)} → {_label(last)}"
-    return [Tile(label=f"{metric_title(metric)} on held-out questions, {when}", value=value, note=note)]
+    return [Tile(label=f"{units.metric_title(metric)} on held-out questions, {when}", value=value, note=note)]
 
 
 def _accuracy_chart(evaluations: Sequence[tuple[str, Mapping[str, Any]]], metric: str) -> Markup:
@@ -222,7 +217,7 @@ def _accuracy_chart(evaluations: Sequence[tuple[str, Mapping[str, Any]]], metric
         for name, entry in evaluations
         if entry.get("metrics")
     ]
-    return bar_chart(groups, label=f"{metric_title(metric)} by kind of question; over all: {', '.join(said)}")
+    return bar_chart(groups, label=f"{units.metric_title(metric)} by kind of question; over all: {', '.join(said)}")
 
 
 def _group(label: str, rows: Sequence[tuple[str, str, Mapping[str, Any]]], metric: str, asked: int) -> Group:
