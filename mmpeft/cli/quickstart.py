@@ -66,7 +66,8 @@ def quickstart(
 
 
 def _show_example(console: Console, output: Path, example: dict[str, Any]) -> None:
-    picture = Image.open(output / "data" / "images" / example["image"]).convert("L").resize((16, 16))
+    with Image.open(output / "data" / "images" / example["image"]) as opened:
+        picture = opened.convert("L").resize((16, 16))
     console.print(f"\na held-out picture, {example['image']}:")
     for row in range(0, 16, 2):
         line = Text("  ")

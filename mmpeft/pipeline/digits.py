@@ -4,6 +4,7 @@ Source of the pictures: E. Alpaydin and C. Kaynak, Optical Recognition of Handwr
 Learning Repository (CC BY 4.0), as `sklearn.datasets.load_digits` ships them: 1,797 digits of 8 x 8 pixels.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from mmpeft.core.files import ensure_directory, write_json
+from mmpeft.core.files import ensure_directory, write_json, writing
 from mmpeft.core.optional import require
 
 SIDE, PATCH = 32, 16
@@ -78,7 +79,7 @@ def write_digits(folder: Path, *, seed: int, train: int | None = None, held_out:
             digit = int(digits.target[index])
             picture = _upscale(digits.images[index])
             name = f"digit-{index:04d}.png"
-            picture.save(images / name)
+            _write_picture(picture, images / name)
             if split == "train":
                 pixels.append(np.asarray(picture, dtype=np.float32) / 255)
             rows += [_row(int(index), name, kind, digit) for kind in QUESTIONS]
@@ -94,6 +95,15 @@ def _upscale(image: np.ndarray) -> Image.Image:
     """8 x 8 values of 0..16 as a grey picture of SIDE x SIDE."""
     grey = Image.fromarray((image * (255 / 16)).round().astype(np.uint8))
     return grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def _write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG unless the same stands there: its time then stays, and with it what was trained on it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    if not path.exists() or path.read_bytes() != buffer.getvalue():
+        with writing(path):
+            path.write_bytes(buffer.getvalue())
 
 
 def _row(index: int, image: str, kind: str, digit: int) -> dict[str, object]:

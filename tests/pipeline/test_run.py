@@ -1,11 +1,7 @@
-import json
-import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +17,8 @@ from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError, OutputError, RecipeError
 from mmpeft.core.files import read_json
 from mmpeft.training.callbacks import read_metrics
+from tests.plain import ENVIRONMENT, load_without_mmpeft
 from tests.project import TWO_STAGES, write_project
-
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def run(path, **options):
@@ -73,59 +68,16 @@ def test_a_run_writes_all_that_the_design_promises(finished):
 
 
 def test_the_adapter_gives_the_same_logits_and_answers_without_mmpeft(finished, tmp_path):
-    """A process that cannot import mmpeft loads the directory with transformers and peft alone."""
     folder, _, result = finished
-    program = textwrap.dedent(
-        """
-        import importlib.util, json, sys
-        import torch
-        from peft import PeftModel
-        from PIL import Image
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-        assert importlib.util.find_spec("mmpeft") is None, "mmpeft can be imported"
-        adapter, base, picture, out = sys.argv[1:]
-        processor = AutoProcessor.from_pretrained(adapter)
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "bright?"}]}]
-        text = processor.apply_chat_template(message, add_generation_prompt=True)
-        batch = processor(text=[text], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
-        tensors, answers = {}, []
-        for name, model in (
-            ("auto", AutoModelForImageTextToText.from_pretrained(adapter)),
-            ("peft", PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)),
-        ):
-            with torch.no_grad():
-                tensors[name] = model.eval()(**batch).logits
-                tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)
-            answers.append(processor.decode(tokens[0, batch["input_ids"].shape[1]:], skip_special_tokens=True).strip())
-        torch.save(tensors, out)
-        print(json.dumps(answers))
-        """
-    )
     picture = folder / "data" / "images" / "eval-1.png"
-    out = tmp_path / "logits.pt"
-    site = Path(torch.__file__).parent.parent
-    arguments = [str(result.result), str(folder / "base"), str(picture), str(out)]
-    done = subprocess.run(
-        # -S leaves out the .pth file by which an editable install of mmpeft is found; -I leaves out this checkout.
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{program}", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    logits, answers = load_without_mmpeft(result.result, folder / "base", picture, "bright?", tmp_path)
     model, processor = mmpeft.load_model(str(result.result), device="cpu")
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "bright?"}]}]
-    text = processor.apply_chat_template(message, add_generation_prompt=True)
-    batch = processor(text=[text], images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+    pixels = processor.image_processor(Image.open(picture).convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        want = model(**batch).logits
-    plain = torch.load(out, weights_only=True)
-    assert (plain["auto"] - want).abs().max() <= 1e-5
-    assert (plain["peft"] - want).abs().max() <= 1e-5
-    ours = mmpeft.answer(model, processor, images=[picture], prompt="bright?", max_new_tokens=5)
-    assert json.loads(done.stdout) == [ours, ours]
+        want = model(input_ids=logits["input_ids"], pixel_values=pixels).logits
+    for way in ("auto", "peft"):
+        assert (logits[way] - want).abs().max() <= 1e-5
+        assert answers[way] == mmpeft.answer(model, processor, images=[picture], prompt="bright?", max_new_tokens=5)
 
 
 def test_the_final_adapter_holds_the_work_of_both_stages(finished):
