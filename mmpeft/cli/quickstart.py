@@ -15,6 +15,9 @@ from mmpeft.core.lazy import LazyModule
 
 pipeline = LazyModule("mmpeft.pipeline.quickstart")
 
+SHADES = " .:-=+*#%@"
+"""Dark to bright, where there are no colours."""
+
 
 def quickstart(
     output: Annotated[Path, typer.Option(help="Where to write the run.")] = Path("runs/quickstart"),
@@ -72,7 +75,10 @@ def _show_example(console: Console, output: Path, example: dict[str, Any]) -> No
     for row in range(0, 16, 2):
         line = Text("  ")
         for column in range(16):
-            top, bottom = (picture.getpixel((column, row + offset)) for offset in (0, 1))
-            line.append("▀", style=f"rgb({top},{top},{top}) on rgb({bottom},{bottom},{bottom})")
+            top, bottom = (int(picture.getpixel((column, row + offset))) for offset in (0, 1))  # type: ignore[arg-type]
+            if console.color_system is None:
+                line.append(SHADES[(top + bottom) * len(SHADES) // 512])
+            else:
+                line.append("▀", style=f"rgb({top},{top},{top}) on rgb({bottom},{bottom},{bottom})")
         console.print(line)
     console.print(f"  {example['prompt']}  →  [bold]{example['answer']}[/bold]   (true: {example['reference']})")
