@@ -219,7 +219,7 @@ def bar_chart(groups: Sequence[Group], *, label: str) -> Markup:
     """
     if not any(group.bars for group in groups):
         return Markup("")
-    x = Scale(lo=0, hi=1, start=_LABELS, end=WIDTH - 60)
+    x = Scale(lo=0, hi=1, start=_LABELS, end=WIDTH - 70)
     parts: list[Markup] = []
     top = 8.0
     for group in groups:

@@ -92,7 +92,7 @@ def _model(record: RunRecord) -> str:
     """What was trained, in the words of the recipe."""
     model = record.settings.get("model") or record.adapter.get("base_model") or ""
     if not isinstance(model, Mapping):
-        return str(model)
+        return Path(str(model)).name if Path(str(model)).is_absolute() else str(model)
     vision = model.get("vision")
     names = vision if isinstance(vision, list) else [vision]
     towers = " + ".join(Path(str(name)).name for name in names)

@@ -79,6 +79,7 @@ def test_it_says_what_it_is_how_to_load_it_and_how_good_it_is(facts):
 def test_the_recipe_in_the_card_is_the_recipe(facts):
     facts["recipe"]["note"] = "```\n# not a heading\n````"
     found = re.search(r"^(`{3,})yaml\n(.*?)^\1$", body(render_card(facts)), re.S | re.M)
+    assert found.group(1) == "`" * 5
     assert yaml.safe_load(found.group(2)) == {**RECIPE, "note": facts["recipe"]["note"]}
 
 
