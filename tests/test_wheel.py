@@ -55,6 +55,7 @@ def run(installed, tmp_path):
             "HOME": str(tmp_path / "home"),
             "HF_HUB_OFFLINE": "1",
             "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
         }
         (tmp_path / "cwd").mkdir(exist_ok=True)
         done = subprocess.run(
