@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import list_repo_files
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -45,10 +47,6 @@ def reading(name: str, kind: str) -> Iterator[None]:
         yield
     except MMPeftError:
         raise
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(f"{name}: neither a local directory nor a repository on the Hub") from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        raise ModelError(_unreachable(name)) from error
     except SafetensorError as error:
         raise ModelError(f"{name}: a safetensors file is not whole ({error}); fetch it again") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -57,26 +55,52 @@ def reading(name: str, kind: str) -> Iterator[None]:
 
 def _plain(name: str, kind: str, error: Exception) -> str:
     text = " ".join(str(error).split())
-    local = Path(name).is_dir()
-    pickles = [file for file in _PICKLES if (Path(name) / file).exists()] if local else []
-    if pickles or ("safetensors" in text and "no file named" in text.lower()):
+    refusal = "" if Path(name).is_dir() else _refusal(name, error)
+    if refusal:
+        return refusal
+    pickles = _pickles(name) if isinstance(error, OSError) else []
+    if pickles or ("safetensors" in text and "file named" in text.lower()):
         found = ", ".join(pickles) or "none"
         return (
             f"{name}: no safetensors weights (found: {found}); pickled weights can run code when they are read and are "
             "refused: convert them with `save_pretrained`, or use a revision that has safetensors"
         )
-    if not local and isinstance(error, OSError):
-        return _unreachable(name)
     if "trust_remote_code" in text:
         return f"{name} brings code of its own; read it, then allow it with trust_remote_code=True"
     return f"{name}: cannot be read as a {kind}: {text[:400]}"
 
 
-def _unreachable(name: str) -> str:
-    return (
-        f"{name}: no such directory here, and the Hub gave nothing (no network, HF_HUB_OFFLINE is set, or no "
-        "repository of that name); give a local directory, or fetch it once with `hf download`"
-    )
+def _refusal(name: str, error: BaseException) -> str:
+    """Why the Hub did not give a repository, "" if it did: transformers says it in the errors behind its own."""
+    behind = []
+    cause: BaseException | None = error
+    while cause is not None:
+        behind.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = tuple(type(cause) for cause in behind)
+    if any(issubclass(kind, GatedRepoError) for kind in kinds):
+        return (
+            f"{name}: a gated repository that this machine has no access to; accept its terms on its page on the Hub, "
+            "then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if any(issubclass(kind, RepositoryNotFoundError | HFValidationError) for kind in kinds):
+        return f"{name}: neither a local directory nor a repository on the Hub (a private one needs `hf auth login`)"
+    if any(issubclass(kind, LocalEntryNotFoundError | ConnectionError) for kind in kinds):
+        return (
+            f"{name}: no such directory here, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set); "
+            "give a local directory, or fetch it once with `hf download`"
+        )
+    return ""
+
+
+def _pickles(name: str) -> list[str]:
+    """Pickled weights of a directory or repository that holds no safetensors."""
+    try:
+        files = [file.name for file in Path(name).iterdir()] if Path(name).is_dir() else list_repo_files(name)
+    except (httpx.HTTPError, OSError) as error:
+        logger.info("%s: its files cannot be listed: %s", name, error)
+        return []
+    return [] if any(file.endswith(".safetensors") for file in files) else [f for f in _PICKLES if f in files]
 
 
 def load_weights(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.utils import cached_file
 
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
@@ -138,14 +138,15 @@ def _is_adapter(name: str) -> bool:
         return (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file()
     check_name(name)
     with reading(name, "model"):
-        found = cached_file(
-            name,
-            CONFIG_NAME,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    return found is not None
+        try:
+            hf_hub_download(name, CONFIG_NAME)
+        except LocalEntryNotFoundError:
+            if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                raise
+            return False
+        except EntryNotFoundError:
+            return False
+    return True
 
 
 def _resolve_adapter(name: str) -> Path:

@@ -184,7 +184,9 @@ class TestAdapterThatDoesNotFit:
             load_model(base, adapter=tmp_path / "nothing", device="cpu")
 
     def test_hub_adapter_while_offline(self, base):
-        with pytest.raises(AdapterError, match=r"someone/adapter: no such directory here, and the Hub gave nothing"):
+        with pytest.raises(
+            AdapterError, match=r"someone/adapter: no such directory here, and the Hub cannot be reached"
+        ):
             load_model(base, adapter="someone/adapter", device="cpu")
 
 
@@ -196,7 +198,7 @@ class TestBaseThatCannotBeRead:
             load_model("runs/a/model")
 
     def test_hub_id_while_offline(self):
-        with pytest.raises(ModelError, match=r"someone/nothing: no such directory here, and the Hub gave nothing"):
+        with pytest.raises(ModelError, match=r"someone/nothing: no such directory here, and the Hub cannot be reached"):
             load_model("someone/nothing", device="cpu")
 
     def test_a_file(self, base):
