@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from transformers.utils import cached_file
 
 from mmpeft.config.recipe import ComposeConfig, Recipe, StageConfig
 from mmpeft.core.hashing import hash_file, hash_value
 from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.pipeline.facts import versions
 
 logger = logging.getLogger(__name__)
@@ -18,14 +19,22 @@ LARGE_FILE = 64 * 2**20
 
 
 def model_identity(name: str) -> Any:
-    """What stands for a model in a hash: contents of a local directory, or the cached commit of a hub id."""
+    """What stands for a model in a hash: contents of a local directory, or a hub id with its newest commit.
+
+    Where the Hub cannot be reached, the newest commit is the cached one.
+
+    Raises:
+        ModelError: neither there nor in the cache.
+    """
     path = Path(name)
     if path.is_file():
         return _file_identity(path)
     if path.is_dir():
         return {file.name: _file_identity(file) for file in sorted(path.iterdir()) if file.is_file()}
-    cached = try_to_load_from_cache(name, "config.json")
-    return [name, Path(cached).parent.name if isinstance(cached, str) else None]
+    check_name(name)
+    with reading(name, "model"):
+        config = cached_file(name, "config.json")
+    return [name, Path(config).parent.name if config else None]
 
 
 def _file_identity(path: Path) -> Any:
