@@ -4,9 +4,10 @@ Source of the pictures: E. Alpaydin and C. Kaynak, Optical Recognition of Handwr
 Learning Repository (CC BY 4.0), as `sklearn.datasets.load_digits` ships them: 1,797 digits of 8 x 8 pixels.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,10 +146,22 @@ def train_tower(digits: Digits, folder: Path, *, seed: int, epochs: int = 12) ->
         projection_dim=128,
     )
     tower, head = CLIPVisionModel(config), nn.Linear(128, 10)
-    correct = _fit(tower, head, digits.pixels, digits.labels, epochs=epochs)
+    with _one_thread():
+        correct = _fit(tower, head, digits.pixels, digits.labels, epochs=epochs)
     tower.eval().save_pretrained(folder)
     tower_processor().save_pretrained(folder)
     return correct
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations this small gain nothing from a second thread, and wait for it where a core is busy: seven times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fit(tower: CLIPVisionModel, head: nn.Linear, pixels: torch.Tensor, labels: torch.Tensor, *, epochs: int) -> float:
