@@ -13,8 +13,7 @@ logger = logging.getLogger(__name__)
 
 _PAD = "<|pad|>"
 
-_FLATTEN = """\
-{%- set flat = namespace(messages=[]) -%}
+_FLATTEN = r"""{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
   {%- if message['content'] is string or message['content'] is none or message['content'] is undefined -%}
     {%- set flat.messages = flat.messages + [message] -%}
@@ -22,7 +21,7 @@ _FLATTEN = """\
     {%- set part = namespace(text='') -%}
     {%- for item in message['content'] -%}
       {%- if item['type'] == 'image' -%}
-        {%- set part.text = part.text + IMAGE_TOKEN -%}
+        {%- set part.text = part.text + IMAGE_TOKEN + '\n' -%}
       {%- else -%}
         {%- set part.text = part.text + item['text'] -%}
       {%- endif -%}
@@ -104,7 +103,10 @@ def multimodal_chat_template(
 
     The language model's own template runs unchanged after a preamble that turns lists into text:
 
-        [{"type": "image"}, {"type": "text", "text": "What is it?"}]  ->  "<image>What is it?"
+        [{"type": "image"}, {"type": "text", "text": "What is it?"}]  ->  "<image>\nWhat is it?"
+
+    The newline behind a picture is LLaVA's: its data holds `<image>\n`, so a prompt at inference is then the text
+    that was trained on.
 
     A tokenizer without a template gets a plain one, with its own end-of-sequence token (and its beginning-of-
     sequence token, if it writes one by itself):

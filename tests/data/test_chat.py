@@ -3,8 +3,10 @@ import pytest
 from mmpeft.core.errors import DataError, ModelError
 from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_chat
 from mmpeft.data.types import Turn
+from mmpeft.models.chat import multimodal_chat_template
 from tests.data import templates
 from tests.data.templates import processor_with
+from tests.tiny import tiny_processor, tiny_tokenizer
 
 
 def conversation(*texts, system=None):
@@ -91,3 +93,15 @@ def test_a_processor_without_pictures_is_named(processor):
     del processor.image_token
     with pytest.raises(ModelError, match="LlavaProcessor has no picture token"):
         control_tokens(processor)
+
+
+def test_a_composed_models_prompt_is_the_text_that_was_trained_on():
+    """LLaVA data writes `<image>\\n`; `mmpeft generate` and plain transformers send picture and text apart."""
+    tokenizer = tiny_tokenizer(chat_template=None)
+    processor = tiny_processor()
+    processor.chat_template = multimodal_chat_template(tokenizer)
+    trained = render_chat(processor, [Turn(role="user", text="<image>\nWhat?")], add_generation_prompt=True)
+    asked = render_chat(processor, [Turn(role="user", text="<image>What?")], add_generation_prompt=True)
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    plain = processor.apply_chat_template(message, add_generation_prompt=True)
+    assert trained == asked == plain == "USER: <image>\nWhat?\nASSISTANT:"

@@ -21,7 +21,7 @@ CHAT = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " 这是什么? "}]},
     {"role": "assistant", "content": [{"type": "text", "text": "一只猫"}]},
 ]
-PLAIN_CHAT = [{"role": "user", "content": "<image> 这是什么? "}, {"role": "assistant", "content": "一只猫"}]
+PLAIN_CHAT = [{"role": "user", "content": "<image>\n 这是什么? "}, {"role": "assistant", "content": "一只猫"}]
 
 
 def render(tokenizer, template, messages, **options):
@@ -37,7 +37,7 @@ def test_lists_become_text_and_the_own_template_runs_unchanged():
         expected = render(tokenizer, TEXT_ONLY, PLAIN_CHAT, add_generation_prompt=prompt)
         assert render(tokenizer, wrapped, CHAT, add_generation_prompt=prompt) == expected
         assert render(tokenizer, wrapped, PLAIN_CHAT, add_generation_prompt=prompt) == expected
-    assert "[sys]be kind[/sys][user]<image> 这是什么?" in expected
+    assert "[sys]be kind[/sys][user]<image>\n 这是什么?" in expected
 
 
 def test_other_fields_of_a_message_stay():
@@ -50,7 +50,7 @@ def test_other_fields_of_a_message_stay():
 def test_another_picture_token_with_quotes():
     tokenizer = tiny_tokenizer(chat_template=TEXT_ONLY)
     wrapped = multimodal_chat_template(tokenizer, image_token="<|'pic\"|>")
-    assert "[user]<|'pic\"|> 这是什么?" in render(tokenizer, wrapped, CHAT)
+    assert "[user]<|'pic\"|>\n 这是什么?" in render(tokenizer, wrapped, CHAT)
 
 
 def test_override_takes_the_place_of_the_own_template():
@@ -62,7 +62,7 @@ def test_override_takes_the_place_of_the_own_template():
 def test_a_multimodal_template_may_be_wrapped_too():
     tokenizer = tiny_tokenizer()
     wrapped = multimodal_chat_template(tokenizer, CHAT_TEMPLATE)
-    assert render(tokenizer, wrapped, CHAT) == render(tokenizer, CHAT_TEMPLATE, CHAT)
+    assert render(tokenizer, wrapped, CHAT) == render(tokenizer, CHAT_TEMPLATE, PLAIN_CHAT)
 
 
 def test_no_template_gets_a_plain_one_with_the_own_end():
@@ -70,7 +70,7 @@ def test_no_template_gets_a_plain_one_with_the_own_end():
     template = multimodal_chat_template(tokenizer)
     system = [{"role": "system", "content": "be kind"}]
     text = render(tokenizer, template, system + CHAT)
-    assert text == "be kind\nUSER: <image> 这是什么? \nASSISTANT: 一只猫<|im_end|>\n"
+    assert text == "be kind\nUSER: <image>\n 这是什么? \nASSISTANT: 一只猫<|im_end|>\n"
     prompt = render(tokenizer, template, system + CHAT[:1], add_generation_prompt=True)
     assert text.startswith(prompt)
     assert prompt.endswith("\nASSISTANT:")
@@ -161,5 +161,5 @@ def test_composed_processor_and_tokenizer_carry_the_template():
     _, processor = compose_model(
         vision=tiny_clip(), language=tiny_llama(tokenizer), tokenizer=tokenizer, image_processor=tiny_image_processor()
     )
-    assert "[user]<image> 这是什么?" in processor.apply_chat_template(CHAT, tokenize=False)
+    assert "[user]<image>\n 这是什么?" in processor.apply_chat_template(CHAT, tokenize=False)
     assert processor.tokenizer.chat_template == processor.chat_template
