@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mmpeft.config.names import nearest
@@ -60,7 +61,7 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     """The language-model head, whatever its name (`lm_head`, `embed_out`): LoRA's defaults leave it alone."""
-    inner = [module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings")]
+    inner = [module.get_output_embeddings() for module in model.modules() if isinstance(module, PreTrainedModel)]
     return [head for head in inner if head is not None]
 
 

@@ -131,7 +131,7 @@ class _Run:
         self.recipe, self.console = recipe, console
         self.state = PartialState()
         self.directory = RunDirectory(recipe.output)
-        self.begin, self.started = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
+        self.begin, self.started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
         self.stages: list[dict[str, Any]] = []
         self.evaluations: dict[str, Any] = {}
         self.last = "before"
@@ -153,11 +153,24 @@ class _Run:
         plan = plan_stages(recipe, base, len(self.train))
         if self.state.is_main_process:
             write_json(directory.plan, {"stages": plan})
-            write_json(directory.data, {"train": _describe(self.train), "eval": self.eval and _describe(self.eval)})
+            write_json(directory.data, {"train": self._describe(self.train), "eval": self._describe(self.eval)})
         self.plan = {row["name"]: row for row in plan}
         stored = read_json(directory.evaluation) if directory.evaluation.exists() else {}
         self.stored = stored
         self.state.wait_for_everyone()
+
+    def _describe(self, dataset: MultimodalDataset | None) -> dict[str, Any] | None:
+        """What data.json says of a file; paths as the recipe has them, since adapters are published with them."""
+        if dataset is None:
+            return None
+        return {
+            "file": str(dataset.path),
+            "media_root": str(self.recipe.data.media_root or dataset.path.parent),
+            "samples": len(dataset),
+            "truncated": dataset.truncated,
+            "fingerprint": dataset.fingerprint,
+            "skipped": [vars(skipped) for skipped in dataset.skipped],
+        }
 
     def evaluate_base(self) -> None:
         """Answers before anything is trained."""
@@ -316,14 +329,3 @@ class _Run:
                 },
             )
         write_report(self.directory.path)
-
-
-def _describe(dataset: MultimodalDataset) -> dict[str, Any]:
-    return {
-        "file": str(dataset.path),
-        "media_root": str(dataset.media_root),
-        "samples": len(dataset),
-        "truncated": dataset.truncated,
-        "fingerprint": dataset.fingerprint,
-        "skipped": [vars(skipped) for skipped in dataset.skipped],
-    }
