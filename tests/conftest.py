@@ -1,11 +1,15 @@
 """Fixtures shared by all tests: no network, no progress bars, a home of its own for caches."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Set before any Hugging Face library is imported: nothing may reach a hub, nothing may land in the user's caches.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="mmpeft-tests-"))
+if "HF_HOME" not in os.environ:
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mmpeft-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 

@@ -184,7 +184,6 @@ def test_nothing_from_a_run_can_become_markup(tmp_path):
     }
     for path in [*run.glob("*.json"), *run.rglob("stage.json"), run / "adapter" / "mmpeft.json"]:
         value = read_json(path)
-        if path.name == "run.json":
         write_json(path, poison(value))
     (run / "recipe.yaml").write_text(f"model: {json.dumps(EVIL)}\n", encoding="utf-8")
     metrics = run / "stages" / "01-projector" / "metrics.jsonl"
