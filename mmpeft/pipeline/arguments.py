@@ -91,6 +91,7 @@ def training_arguments(
     owned: dict[str, Any] = {
         "output_dir": str(output),
         "per_device_train_batch_size": batch.micro,
+        "per_device_eval_batch_size": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "num_train_epochs": stage.epochs,
         "max_steps": stage.max_steps or -1,

@@ -159,7 +159,7 @@ def _stage(folder: StageDirectory, name: str, plan: Mapping[str, Any]) -> StageR
         resumed_from=state.get("resumed_from"),
         figures=state.get("figures") or {},
         plan=plan,
-        metrics=[row for row in read_metrics(folder.metrics) if isinstance(row, dict) and "step" in row],
+        metrics=[row for row in read_metrics(folder.metrics) if isinstance(row, dict) and {"step", "loss"} <= set(row)],
     )
 
 

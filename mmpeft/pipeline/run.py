@@ -200,6 +200,8 @@ class _Run:
             self.console.print(f"  {stage.name}: unchanged since it was trained")
             self.stages.append({"name": stage.name, "status": "unchanged", "figures": found.get("figures", {})})
         else:
+            if found and not unchanged:
+                self.console.print(f"  {stage.name}: its inputs are not those it was trained with; it is trained again")
             self._announce(stage)
             prepared = prepare_stage(self.recipe, stage, start, seed=self.recipe.seed + index)
             output = "adapter" if hasattr(prepared.model, "peft_config") else "model"
@@ -208,6 +210,7 @@ class _Run:
                 stage,
                 prepared,
                 self.train,
+                self.eval,
                 folder=folder,
                 state={"name": stage.name, "index": index, "input_hash": input_hash, "output": output},
                 resume=resume and unchanged,

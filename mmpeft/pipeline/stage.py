@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
-from mmpeft.core.errors import OutputError, RunInterrupted
+from mmpeft.core.errors import OutputError, RecipeError, RunInterrupted
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.data.collate import MultimodalCollator
@@ -108,6 +108,7 @@ def run_stage(
     stage: StageConfig,
     prepared: PreparedStage,
     dataset: MultimodalDataset,
+    held_out: MultimodalDataset | None = None,
     *,
     folder: StageDirectory,
     state: Mapping[str, Any],
@@ -117,6 +118,7 @@ def run_stage(
     """Train a prepared stage and write its result, with `stage.json` telling how far it came.
 
     Args:
+        held_out: what the Trainer evaluates on, where the stage's `trainer` block has an `eval_strategy`.
         state: what `stage.json` says beside status and figures: name, index, input hash.
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
 
@@ -138,7 +140,7 @@ def run_stage(
         folder.write_state(state)
     interrupt = StopOnInterrupt(notify=console.print)
     display = ProgressDisplay(stage.name, console)
-    trainer = _trainer(recipe, stage, prepared, dataset, folder=folder, batch=batch, steps=steps)
+    trainer = _trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
     for callback in (MetricsFile(folder.metrics), display, interrupt):
         trainer.add_callback(callback)
     begin = time.perf_counter()
@@ -170,17 +172,20 @@ def _trainer(
     recipe: Recipe,
     stage: StageConfig,
     prepared: PreparedStage,
-    dataset: MultimodalDataset,
+    datasets: tuple[MultimodalDataset, MultimodalDataset | None],
     *,
     folder: StageDirectory,
     batch: Batch,
     steps: int,
 ) -> MultimodalTrainer:
     args = training_arguments(recipe, stage, output=folder.checkpoints, batch=batch, steps=steps, dtype=prepared.dtype)
+    if args.eval_strategy != "no" and datasets[1] is None:
+        raise RecipeError(f"stages.{stage.name}.trainer.eval_strategy: there is nothing to evaluate on; give data.eval")
     trainer = MultimodalTrainer(
         model=prepared.model,
         args=args,
-        train_dataset=dataset,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
         # Label smoothing reads the logits of every position.
         data_collator=MultimodalCollator(prepared.processor, supervised_only=args.label_smoothing_factor == 0),
         learning_rates=learning_rates(stage),

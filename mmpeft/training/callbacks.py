@@ -22,6 +22,10 @@ class MetricsFile(TrainerCallback):
         {"step": 10, "epoch": 0.1, "loss": 0.7, "grad_norm": 1.2, "learning_rate": {"projector": 0.001},
          "samples_per_second": 11.2, "tokens_per_second": 390.0, "memory_bytes": 2100000000, "elapsed_seconds": 14.3}
 
+    Where the Trainer evaluates (`eval_strategy`), its held-out loss has a line of its own:
+
+        {"step": 10, "epoch": 0.1, "eval_loss": 0.6, "elapsed_seconds": 15.1}
+
     A run that resumes at step n drops the lines beyond n first, so that each step stands there once.
     """
 
@@ -48,7 +52,12 @@ class MetricsFile(TrainerCallback):
         **_: Any,
     ) -> None:
         """Append a line."""
-        if args.process_index != 0 or not logs or "loss" not in logs:
+        if args.process_index != 0 or not logs or not {"loss", "eval_loss"} & set(logs):
+            return
+        elapsed = time.perf_counter() - self._start
+        if "eval_loss" in logs:
+            row = {"step": state.global_step, "epoch": logs.get("epoch"), "eval_loss": logs["eval_loss"]}
+            self._append(row | {"elapsed_seconds": elapsed})
             return
         rates = {key.removeprefix(RATE_PREFIX): value for key, value in logs.items() if key.startswith(RATE_PREFIX)}
         row = {
@@ -60,8 +69,11 @@ class MetricsFile(TrainerCallback):
             "samples_per_second": logs.get("samples_per_second"),
             "tokens_per_second": logs.get("tokens_per_second"),
             "memory_bytes": logs.get("memory_bytes"),
-            "elapsed_seconds": time.perf_counter() - self._start,
+            "elapsed_seconds": elapsed,
         }
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

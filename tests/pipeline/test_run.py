@@ -261,6 +261,27 @@ def test_bf16_weights_train_and_answer(tmp_path):
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
 
 
+def test_the_trainers_own_evaluation_has_the_held_out_data(tmp_path):
+    trainer = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    stages = [{**TWO_STAGES[0], "trainer": trainer}]
+    result = run(write_project(tmp_path, stages=stages))
+    rows = read_metrics(tmp_path / "run/stages/01-projector/metrics.jsonl")
+    held_out = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert list(held_out) == [2, 4]
+    assert all(loss > 0 for loss in held_out.values())
+    assert result.report.exists()
+
+
+def test_an_evaluation_without_held_out_data_is_an_error(tmp_path):
+    path = write_project(tmp_path, stages=[{**TWO_STAGES[0], "trainer": {"eval_strategy": "steps", "eval_steps": 2}}])
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    path = write_project(
+        tmp_path, stages=[{**TWO_STAGES[0], "trainer": {"eval_strategy": "steps"}}], data={**data, "eval": None}
+    )
+    with pytest.raises(RecipeError, match=r"stages.projector.trainer.eval_strategy: .* give data.eval"):
+        run(path)
+
+
 def test_a_batch_that_cannot_be_cut_is_an_error_before_anything_runs(tmp_path):
     with pytest.raises(RecipeError, match=r"batch.micro: 3 does not divide the 8 samples .* use one of 1, 2, 4, 8"):
         run(write_project(tmp_path, batch={"size": 8, "micro": 3}))
