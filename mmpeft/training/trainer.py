@@ -89,14 +89,12 @@ class MultimodalTrainer(Trainer):
         """Log, with speed and memory since the last time and the learning rate of each part."""
         if "loss" in logs:
             now = time.perf_counter()
-            counts = torch.tensor([float(self._samples), float(self._tokens)], device=self.args.device)
-            samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+            samples, tokens = self._count()
             seconds = max(now - self._window_start, 1e-9)
             logs["samples_per_second"] = (samples - self._window_samples) / seconds
             logs["tokens_per_second"] = (tokens - self._window_tokens) / seconds
             logs["memory_bytes"] = peak_memory_bytes(self.args.device.type)
-            self._window_start, self._window_samples, self._window_tokens = now, int(samples), int(tokens)
-            self.samples_trained, self.tokens_trained = int(samples), int(tokens)
+            self._window_start, self._window_samples, self._window_tokens = now, samples, tokens
             if self.learning_rates is not None and self.optimizer is not None:
                 rates = rates_now(self.optimizer.param_groups, logs["learning_rate"])
                 logs |= {f"learning_rate/{part}": rate for part, rate in rates.items()}
@@ -105,7 +103,19 @@ class MultimodalTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`; speed is counted from here."""
         self._window_start = time.perf_counter()
-        return super().train(*args, **kwargs)
+        hook: Any = self.model.register_forward_hook(_reach_what_trains)
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            hook.remove()
+        self.samples_trained, self.tokens_trained = self._count()
+        return result
+
+    def _count(self) -> tuple[int, int]:
+        """Samples and tokens so far, of all processes."""
+        counts = torch.tensor([float(self._samples), float(self._tokens)], device=self.args.device)
+        samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return int(samples), int(tokens)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint; where that fails, remove what there is of it and say why.
@@ -143,6 +153,21 @@ class MultimodalTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in own.named_parameters():
             parameter.requires_grad_(trained[name])
+
+
+def _reach_what_trains(model: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """Join a forward that uses nothing that trains to all that does, with gradients of exactly zero.
+
+    So it is where text alone meets a projector that trains by itself: backward would find no graph, and the
+    other processes would wait for gradients. It has to happen inside the forward, where DDP looks for them.
+    """
+    if not torch.is_grad_enabled():
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for name in ("loss", "logits"):
+        value = output.get(name)
+        if value is not None and not value.requires_grad:
+            output[name] = value + 0 * sum(parameter.float().sum() for parameter in trained)
 
 
 class _EpochLoader(DataLoader):

@@ -127,6 +127,40 @@ def test_metrics_have_speed_memory_and_the_rate_of_each_part(tmp_path, dataset, 
     assert rows[-1]["elapsed_seconds"] > rows[0]["elapsed_seconds"]
 
 
+def test_text_alone_gives_a_projector_that_trains_by_itself_no_gradient(tmp_path, dataset, processor):
+    """Sixteen samples without a picture before or after six with one, in micro-batches of two."""
+    rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 16
+    rows += json.loads(dataset.path.read_text(encoding="utf-8"))[:6]
+    path = tmp_path / "mixed.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    mixed = load_dataset(path, media_root=dataset.media_root, processor=processor)
+    model = get_peft_model(tiny_llava(processor), {"projector": "full"})
+    trainer = MultimodalTrainer(
+        model=model,
+        args=arguments(tmp_path / "out", per_device_train_batch_size=2, gradient_accumulation_steps=1),
+        train_dataset=mixed,
+        data_collator=MultimodalCollator(processor),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 22
+    seen = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    assert 0.0 in seen
+    assert max(seen) > 0
+    assert not model._forward_hooks
+
+
+def test_all_samples_are_counted_whether_or_not_a_step_is_logged(tmp_path, dataset, processor):
+    trainer = MultimodalTrainer(
+        model=get_peft_model(tiny_llava(processor), TRAIN),
+        args=arguments(tmp_path, logging_steps=2, max_steps=3),
+        train_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+    )
+    trainer.train()
+    assert trainer.samples_trained == 22
+    assert trainer.tokens_trained > 22
+
+
 class Stop(TrainerCallback):
     """Breaks off as a kill would, after the given step."""
 
