@@ -23,6 +23,9 @@ _RESERVED = {
     "peft_version": "it is written by peft",
     "rank_pattern": "parts of different rank are expressed through it by mmpeft; set `r` by part",
     "alpha_pattern": "parts of different alpha are expressed through it by mmpeft; set `lora_alpha` by part",
+    "kasa_config": "it cuts the base weights down, so that answers change before training",
+    "layer_replication": "it repeats layers of the base, so that answers change before training",
+    "alora_invocation_tokens": "peft applies it to text-only models; on one with pictures it does nothing",
 }
 
 LORA_FIELDS: tuple[str, ...] = tuple(
@@ -65,13 +68,35 @@ def _lora_problems(part: str, fields: Mapping[str, Any]) -> list[tuple[str, str]
             problems.append((key, f"cannot be set here: {_RESERVED[key]}"))
         elif key not in LORA_FIELDS:
             problems.append((key, f"unknown LoRA field {key!r}{did_you_mean(key, LORA_FIELDS)}"))
-    rank = fields.get("r", 8)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(("r", f"found {rank!r}; expected a whole number of at least 1"))
+    problems += _value_problems(fields)
     problems += _init_problems(fields)
     if part == "projector" and not problems and "r" not in fields:
         problems.append(("r", "LoRA on the projector needs an explicit rank; `projector: full` is the usual choice"))
     return problems
+
+
+def _value_problems(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Values that peft takes and then fails on in the middle of the model, or that train nothing."""
+    rank, alpha, dropout = fields.get("r", 8), fields.get("lora_alpha", 8), fields.get("lora_dropout", 0.0)
+    bias, targets = fields.get("bias", "none"), fields.get("target_modules")
+    expected = {
+        "r": (rank, _is_number(rank) and isinstance(rank, int) and rank >= 1, "a whole number of at least 1"),
+        "lora_alpha": (alpha, _is_number(alpha) and alpha > 0, "a number above 0"),
+        "lora_dropout": (dropout, _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1"),
+        "bias": (bias, bias in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+        "target_modules": (targets, targets is None or _is_names(targets), "a list of names or a regular expression"),
+    }
+    return [(key, f"found {value!r}; expected {want}") for key, (value, right, want) in expected.items() if not right]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+    )
 
 
 def _init_problems(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -93,9 +118,11 @@ def _init_problems(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{init!r} is not supported: {_NEEDS_DATA[name]}; choose 'pissa' or 'olora'",
             )
         ]
-    if name not in _SAFE_INITS:
+    if name not in _SAFE_INITS or init != str(init).lower():
         return [("init_lora_weights", f"unknown initialisation {init!r}{did_you_mean(name, _SAFE_INITS[:4])}")]
-    if name in ("pissa", "olora") and fields.get("use_dora"):
+    if name == "orthogonal" and isinstance(fields.get("r", 8), int) and fields.get("r", 8) % 2:
+        return [("r", f"found {fields['r']}; init_lora_weights='orthogonal' needs an even rank")]
+    if changes_base(fields) and fields.get("use_dora"):
         return [
             (
                 "use_dora",
@@ -103,6 +130,11 @@ def _init_problems(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         ]
     return []
+
+
+def changes_base(fields: Mapping[str, Any]) -> bool:
+    """Whether the initialisation subtracts its start from the base weights (PiSSA, OLoRA)."""
+    return str(fields.get("init_lora_weights", True)).lower().startswith(("pissa", "olora"))
 
 
 def check_train(train: Mapping[str, Any]) -> dict[Part, PartTraining]:

@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmpeft.config.names import did_you_mean
-from mmpeft.config.train import PartTraining, check_train
+from mmpeft.config.train import PartTraining, changes_base, check_train
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
 from mmpeft.families.registry import family_of
@@ -55,12 +55,69 @@ def get_peft_model(
     held: dict[Part, PartTraining] = {
         part: parts[part] if parts[part] != "frozen" else (carried or {}).get(part, "frozen") for part in PARTS
     }
+    check_carried(parts, carried or {})
     saved = spec.projector_leaves(model, spec) if held["projector"] == "full" else []
-    peft_model = peft.get_peft_model(model, lora_config(model, spec, held, saved=saved))
+    peft_model = _attach(model, lora_config(model, spec, held, saved=saved))
     freeze_carried(peft_model, parts)
     _check_trainable(peft_model, parts)
     _in_full_precision(peft_model)
     return peft_model
+
+
+def _attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    try:
+        return cast(PeftModel, peft.get_peft_model(model, config))
+    except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, RuntimeError) as error:
+        raise RecipeError(
+            f"train: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:400]}"
+        ) from error
+
+
+def check_carried(train: Mapping[Part, PartTraining], carried: Mapping[Part, PartTraining]) -> None:
+    """What an earlier stage trained and this one trains further has to have one form, or its work would be changed.
+
+    Raises:
+        RecipeError: the part was trained another way, or its LoRA has another rank, scale or kind.
+    """
+    if trains_tower(train):
+        return
+    for part, before in carried.items():
+        now = train.get(part, "frozen")
+        if "frozen" in (now, before) or now == before == "full":
+            continue
+        if isinstance(now, str) or isinstance(before, str):
+            raise RecipeError(
+                f"train.{part}: an earlier stage trained it {_form(before)}, this one {_form(now)}; one adapter cannot "
+                "hold both: train it the same way in both stages"
+            )
+        if changes_base(now):
+            raise RecipeError(
+                f"train.{part}.init_lora_weights: {now['init_lora_weights']!r} begins anew, but an earlier stage has "
+                f"trained this LoRA; leave it out, and give {_fields(before)}"
+            )
+        for key, default in _CARRIED_FORM.items():
+            if now.get(key, default) != before.get(key, default):
+                raise RecipeError(
+                    f"train.{part}.{key}: {now.get(key, default)!r} differs from {before.get(key, default)!r}, which "
+                    f"the LoRA of an earlier stage has and has to keep; give {_fields(before)}"
+                )
+
+
+_CARRIED_FORM = {"r": 8, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
+"""Fields of `peft.LoraConfig` that say what its matrices mean, with their defaults."""
+
+
+def _form(training: PartTraining) -> str:
+    return "by LoRA" if isinstance(training, dict) else f"`{training}`"
+
+
+def _fields(before: Mapping[str, Any]) -> str:
+    """`r = 8, lora_alpha = 16` and what else says the form of a LoRA."""
+    return ", ".join(
+        f"{key} = {before.get(key, default)!r}"
+        for key, default in _CARRIED_FORM.items()
+        if key in ("r", "lora_alpha") or before.get(key, default) != default
+    )
 
 
 def _in_full_precision(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from mmpeft.config.train import PartTraining, changes_base
 from mmpeft.core.errors import AdapterError
 from mmpeft.core.files import read_json, whole_directory, write_json
 
@@ -37,11 +38,19 @@ InitialLora = dict[str, torch.Tensor]
 
 def initial_lora(model: PeftModel) -> InitialLora | None:
     """A copy of the LoRA matrices, to be taken before training; None where the base was left as it is."""
-    init = str(_config(model).init_lora_weights).lower()
-    if not init.startswith(("pissa", "olora")):
+    if not changes_base({"init_lora_weights": _config(model).init_lora_weights}):
         return None
     state = get_peft_model_state_dict(model)
     return {name: tensor.detach().clone() for name, tensor in state.items() if ".lora_" in name}
+
+
+def saved_as(training: PartTraining) -> PartTraining:
+    """How a later stage finds what `training` made: PiSSA and OLoRA are written as a plain LoRA of twice the rank."""
+    if not isinstance(training, dict) or not changes_base(training):
+        return training
+    factor = 2**0.5 if training.get("use_rslora") else 2
+    kept = {key: value for key, value in training.items() if key != "init_lora_weights"}
+    return {**kept, "r": 2 * training.get("r", 8), "lora_alpha": factor * training.get("lora_alpha", 8)}
 
 
 def _config(model: PeftModel) -> LoraConfig:

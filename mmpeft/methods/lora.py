@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mmpeft.config.names import nearest
+from mmpeft.config.train import changes_base
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
 from mmpeft.families.spec import FamilySpec
@@ -17,7 +19,7 @@ from mmpeft.families.spec import FamilySpec
 NO_TARGETS = "dummy-target-modules"
 """PEFT's own name for a LoRA that targets nothing, so that only `modules_to_save` train (peft >= 0.9)."""
 
-_PER_PART = ("r", "lora_alpha", "target_modules", "exclude_modules")
+_PER_PART = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def part_modules(model: nn.Module, spec: FamilySpec, part: Part) -> dict[str, nn.Module]:
@@ -34,6 +36,7 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
 
     `target_modules` may be left out or "all-linear" (every linear layer of the part but the language-model
     head), a list of name endings, or a regular expression that the name inside the part has to match.
+    `exclude_modules` takes some out again, `layers_to_transform` all but those of the layers it numbers.
 
     Raises:
         RecipeError: not one module matched; the message names those that exist.
@@ -50,13 +53,40 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
         _check_each_matched(part, wanted, chosen, modules)
     excluded = fields.get("exclude_modules")
     if excluded:
+        _check_each_excluded(part, excluded, spec, modules)
         chosen = [name for name in chosen if not _excluded(name, excluded, spec, part)]
     if not chosen:
+        inside = f" such as {_inside(next(iter(modules)), spec, part)!r}" if modules else ""
         raise RecipeError(
             f"train.{part}: not one module matched target_modules={wanted!r}; "
             f"the {part} part has: {', '.join(_leaf_names(modules)) or 'no linear layer at all'}"
+            f"{f' (a pattern has to match the whole name inside the part,{inside})' if isinstance(wanted, str) else ''}"
         )
-    return chosen
+    return _in_layers(chosen, part, fields, spec)
+
+
+def _in_layers(names: list[str], part: Part, fields: Mapping[str, Any], spec: FamilySpec) -> list[str]:
+    """Those of the layers that `layers_to_transform` numbers; `layers_pattern` names the lists of layers.
+
+    An adapter names its modules by a pattern, and PEFT takes `layers_to_transform` beside lists only; so it is
+    carried out here.
+    """
+    wanted, called = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    if wanted is None:
+        if called is not None:
+            raise RecipeError(f"train.{part}.layers_pattern: it needs layers_to_transform beside it")
+        return names
+    lists = "|".join(map(re.escape, [called] if isinstance(called, str) else called or ())) or r"[^.]+"
+    found = {name: re.search(rf"(?:^|\.)(?:{lists})\.(\d+)\.", _inside(name, spec, part)) for name in names}
+    layers = {name: int(match.group(1)) for name, match in found.items() if match}
+    absent = sorted({wanted} - set(layers.values()) if isinstance(wanted, int) else set(wanted) - set(layers.values()))
+    if absent:
+        raise RecipeError(
+            f"train.{part}.layers_to_transform: no chosen module lies in layer {absent[0]}; "
+            f"there are layers {', '.join(map(str, sorted(set(layers.values())))) or 'of no number at all'}"
+        )
+    chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+    return [name for name in names if layers.get(name) in chosen]
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
@@ -73,6 +103,20 @@ def _check_each_matched(part: Part, wanted: Iterable[str], chosen: list[str], mo
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise RecipeError(
                 f"train.{part}.target_modules: no module of the {part} part ends in {want!r}{hint} "
+                f"(it has: {', '.join(leaves)})"
+            )
+
+
+def _check_each_excluded(
+    part: Part, excluded: str | Iterable[str], spec: FamilySpec, modules: Mapping[str, nn.Module]
+) -> None:
+    for want in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(_excluded(name, want if isinstance(excluded, str) else [want], spec, part) for name in modules):
+            leaves = _leaf_names(modules)
+            close = nearest(want, leaves)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(
+                f"train.{part}.exclude_modules: {want!r} excludes no module of the {part} part{hint} "
                 f"(it has: {', '.join(leaves)})"
             )
 
@@ -141,6 +185,8 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
         return LoraConfig(target_modules=NO_TARGETS, modules_to_save=saved)
     shared = _shared_fields(parts)
     names = {part: target_names(model, spec, part, fields) for part, fields in parts.items()}
+    for part, fields in parts.items():
+        _check_decomposable(model, part, fields, names[part])
     first = next(iter(parts.values()))
     rank, alpha = first.get("r", 8), first.get("lora_alpha", 8)
     ranks, alphas = {}, {}
@@ -162,6 +208,19 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train.{next(iter(parts))}: peft.LoraConfig refuses these fields: {error}") from error
+
+
+def _check_decomposable(model: nn.Module, part: Part, fields: Mapping[str, Any], names: Iterable[str]) -> None:
+    """PiSSA and OLoRA take no more directions than a matrix has; PEFT would write an adapter that it cannot read."""
+    if not changes_base(fields):
+        return
+    sides = {name: min(cast(torch.Tensor, model.get_submodule(name).weight).shape) for name in names}
+    smallest, most = min(sides.items(), key=lambda pair: pair[1])
+    if fields.get("r", 8) > most:
+        raise RecipeError(
+            f"train.{part}.r: {fields.get('r', 8)} is above {most}, the smaller side of {smallest}; "
+            f"init_lora_weights={fields['init_lora_weights']!r} needs r of at most {most}"
+        )
 
 
 def _shared_fields(parts: Mapping[Part, Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from accelerate import PartialState
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
 from mmpeft.core.types import Part
-from mmpeft.methods.attach import get_peft_model, trains_tower
+from mmpeft.methods.attach import check_carried, get_peft_model, trains_tower
+from mmpeft.methods.checkpoint import saved_as
 from mmpeft.methods.plan import describe_training
 from mmpeft.pipeline.arguments import count_steps, learning_rates, plan_batch
 from mmpeft.pipeline.base import skeleton
@@ -18,7 +19,7 @@ def carry_forward(carried: dict[Part, PartTraining], stage: StageConfig) -> dict
     """How the parts of the adapter after a stage were trained, given those of the adapter before it."""
     if trains_tower(stage.train):
         return {}
-    return {**carried, **{part: training for part, training in stage.train.items() if training != "frozen"}}
+    return {**carried, **{part: saved_as(training) for part, training in stage.train.items() if training != "frozen"}}
 
 
 def plan_stages(recipe: Recipe, base: str, samples: int) -> list[dict[str, Any]]:
@@ -31,6 +32,7 @@ def plan_stages(recipe: Recipe, base: str, samples: int) -> list[dict[str, Any]]
     carried: dict[Part, PartTraining] = {}
     rows = []
     for stage in recipe.stages:
+        check_carried(stage.train, carried)
         model = get_peft_model(
             skeleton(base, trust_remote_code=recipe.trust_remote_code),
             _without_init(stage.train),
@@ -46,7 +48,7 @@ def plan_stages(recipe: Recipe, base: str, samples: int) -> list[dict[str, Any]]
                 "parts": describe_training(model, stage.train, learning_rates(stage)).to_dict(),
             }
         )
-        carried = {part: _plain(training) for part, training in carry_forward(carried, stage).items()}
+        carried = carry_forward(carried, stage)
     return rows
 
 

@@ -24,6 +24,7 @@ ADAPTERS = {
     "olora": {"language": {"r": 4, "init_lora_weights": "olora"}},
     "orthogonal": {"language": {"r": 4, "init_lora_weights": "orthogonal"}},
     "bias": {"vision": {"r": 4, "lora_bias": True}},
+    "layers": {"language": {"r": 4, "layers_to_transform": 1}},
     "ranks": {"vision": {"r": 2, "lora_alpha": 4}, "language": {"r": 4, "lora_alpha": 16}},
 }
 
@@ -126,3 +127,54 @@ def test_trainable_weights_are_float32_on_a_half_precision_base(processor):
     model = get_peft_model(tiny_llava(processor).to(torch.bfloat16), ADAPTERS["both"])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_layers_to_transform_is_kept_to(processor):
+    model = get_peft_model(tiny_llava(processor), {"language": {"r": 4, "layers_to_transform": [1]}})
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 7
+    assert all(".language_model.layers.1." in name for name in trained)
+
+
+def test_what_peft_refuses_while_it_attaches_is_a_recipe_error(llava):
+    with pytest.raises(
+        RecipeError, match=r"peft cannot attach this adapter to LlavaForConditionalGeneration: .*nn.Par"
+    ):
+        get_peft_model(llava, {"language": {"r": 4, "target_parameters": ["q_proj.weight"]}})
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_more_directions_than_a_matrix_has_are_refused(llava, init):
+    """PEFT trains such an adapter and then cannot read what it wrote."""
+    with pytest.raises(
+        RecipeError, match=r"train.language.r: 17 is above 16, the smaller side of .*k_proj; .* at most"
+    ):
+        get_peft_model(llava, {"language": {"r": 17, "init_lora_weights": init}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 8}, r"train.language.r: 8 differs from 4, .*give r = 4, lora_alpha = 8"),
+        ({"lora_alpha": 32}, r"train.language.lora_alpha: 32 differs from 8"),
+        ({"use_rslora": True}, r"train.language.use_rslora: True differs from False"),
+        ({"use_dora": True}, r"train.language.use_dora: True differs from False"),
+        ({"init_lora_weights": "pissa"}, r"'pissa' begins anew, but an earlier stage has trained this LoRA"),
+        ({"init_lora_weights": "olora"}, r"'olora' begins anew"),
+    ],
+)
+def test_lora_of_an_earlier_stage_cannot_change_its_meaning(llava, change, message):
+    """Its matrices would be read with another scale or over another base: other answers, and no error."""
+    with pytest.raises(RecipeError, match=message):
+        get_peft_model(llava, {"language": {"r": 4, **change}}, carried={"language": {"r": 4}})
+
+
+@pytest.mark.parametrize(("now", "before"), [("full", {"r": 2}), ({"r": 2}, "full")])
+def test_a_projector_trained_two_ways_is_refused(llava, now, before):
+    with pytest.raises(RecipeError, match=r"train.projector: an earlier stage trained it .*cannot hold both"):
+        get_peft_model(llava, {"projector": now}, carried={"projector": before})
+
+
+def test_a_projector_trained_further_is_carried(llava):
+    model = get_peft_model(llava, ADAPTERS["both"], carried={"projector": "full", "vision": "frozen"})
+    assert isinstance(model, PeftModel)

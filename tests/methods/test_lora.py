@@ -35,6 +35,31 @@ def test_exclude_modules(llava):
     assert len(names) == 2 * 5
 
 
+def test_an_exclusion_that_excludes_nothing_is_an_error(llava):
+    spec = family_of(llava)
+    with pytest.raises(RecipeError, match=r"exclude_modules: 'qproj' excludes no module .*; did you mean 'q_proj'\?"):
+        target_names(llava, spec, "language", {"exclude_modules": ["down_proj", "qproj"]})
+    with pytest.raises(RecipeError, match=r"exclude_modules: 'nothing' excludes no module of the language part"):
+        target_names(llava, spec, "language", {"exclude_modules": "nothing"})
+
+
+def test_layers_by_number(llava):
+    spec = family_of(llava)
+    names = target_names(llava, spec, "language", {"target_modules": ["q_proj"], "layers_to_transform": [1]})
+    assert names == ["model.language_model.layers.1.self_attn.q_proj"]
+    named = {"layers_to_transform": 0, "layers_pattern": "layers"}
+    assert all(".layers.0." in name for name in target_names(llava, spec, "vision", named))
+    with pytest.raises(RecipeError, match=r"no chosen module lies in layer 9; there are layers 0, 1"):
+        target_names(llava, spec, "language", {"layers_to_transform": [0, 9]})
+    with pytest.raises(RecipeError, match=r"layers_pattern: it needs layers_to_transform beside it"):
+        target_names(llava, spec, "language", {"layers_pattern": "layers"})
+
+
+def test_a_pattern_without_a_match_says_what_it_is_held_against(llava):
+    with pytest.raises(RecipeError, match=r"whole name inside the part, such as 'layers.0.self_attn.q_proj'"):
+        target_names(llava, family_of(llava), "language", {"target_modules": r"model\.language_model.*q_proj"})
+
+
 def test_no_match_names_the_modules_that_exist(llava):
     spec = family_of(llava)
     with pytest.raises(RecipeError, match=r"ends in 'qproj'; did you mean 'q_proj'\? \(it has: down_proj, "):

@@ -358,3 +358,30 @@ def test_a_read_only_output_is_an_error_before_anything_runs(tmp_path):
     assert done.returncode == 1
     assert "the file system is read-only: choose another `output`" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def stage(name, train):
+    return {"name": name, "train": train, "learning_rate": 1e-2, "max_steps": 2}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_stage_carries_on_lora_that_started_from_the_base_weights(tmp_path, init):
+    first = stage("language", {"language": {"r": 4, "init_lora_weights": init}})
+    path = write_project(tmp_path, stages=[first, stage("projector", {"projector": "full"})])
+    result = run(path)
+    before, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "run" / "stages" / "01-language" / "adapter", result.result)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(after) == len(before) + 4
+    config = read_json(result.result / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
+
+
+@pytest.mark.parametrize("change", [{"init_lora_weights": "pissa"}, {"lora_alpha": 32}, {"use_dora": True}])
+def test_a_stage_that_would_change_what_an_earlier_one_trained_is_refused_before_anything_trains(tmp_path, change):
+    stages = [stage("one", {"language": {"r": 4}}), stage("two", {"language": {"r": 4, **change}})]
+    with pytest.raises(RecipeError, match=f"train.language.{next(iter(change))}: .*earlier stage"):
+        run(write_project(tmp_path, stages=stages))
+    assert not (tmp_path / "run" / "stages").exists()
