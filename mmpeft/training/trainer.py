@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
@@ -30,11 +31,19 @@ class MultimodalTrainer(Trainer):
     Args:
         learning_rates: peak learning rate by part; default: `args.learning_rate` for all that trains.
         *args, **kwargs: those of `transformers.Trainer`.
+
+    Raises:
+        RecipeError: label smoothing, with a collator that keeps the logits of supervised positions only.
     """
 
     def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any) -> None:
         self.learning_rates = learning_rates
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
+            raise RecipeError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
+                "data_collator=MultimodalCollator(processor, supervised_only=False)"
+            )
         self._tokens: torch.Tensor | int = 0
         self._samples = 0
         self._window_start = time.perf_counter()
@@ -103,7 +112,8 @@ class MultimodalTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`; speed is counted from here."""
         self._window_start = time.perf_counter()
-        hook: Any = self.model.register_forward_hook(_reach_what_trains)
+        model: Any = self.model
+        hook = model.register_forward_hook(_reach_what_trains)
         try:
             result = super().train(*args, **kwargs)
         finally:
@@ -138,21 +148,38 @@ class MultimodalTrainer(Trainer):
             folder = Path(str(output_dir or self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             write_peft_files(self.model, folder, state_dict)
+            processor: Any = self.processing_class
+            if processor is not None:
+                processor.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         own: Any = self.model
         if not isinstance(own, PeftModel):
-            # The Trainer of transformers 5.24 reads the file by the names of the module tree, but LLaVA's are
-            # converted when they are saved: it finds not one of them, warns, and goes on from the base model.
-            # tests/training/test_trainer.py [full] passes without this once transformers has mended it.
-            own.load_state_dict(type(own).from_pretrained(resume_from_checkpoint).state_dict())
+            self._load_whole_model(resume_from_checkpoint)
             return
         # PEFT switches gradients on for all that an adapter holds; what was frozen has to stay so.
         trained = {name: parameter.requires_grad for name, parameter in own.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in own.named_parameters():
             parameter.requires_grad_(trained[name])
+
+    def _load_best_model(self) -> None:
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            self._load_whole_model(str(self.state.best_model_checkpoint))
+
+    def _load_whole_model(self, checkpoint: str) -> None:
+        """Weights of a model that trains in place.
+
+        The Trainer of transformers 5.24 reads the file by the names of the module tree, but LLaVA's are converted
+        when they are saved: it finds not one of them, warns, and keeps the weights that it has.
+        tests/training/test_trainer.py [full] passes without this once transformers has mended it.
+        """
+        own: Any = self.model
+        own.load_state_dict(type(own).from_pretrained(checkpoint).state_dict())
 
 
 def _reach_what_trains(model: torch.nn.Module, inputs: Any, output: Any) -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from mmpeft import MultimodalCollator, MultimodalTrainer, get_peft_model, load_dataset
 from mmpeft.core.errors import OutputError, RecipeError
@@ -243,3 +243,51 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_no_half_of_one(tmp_path, da
     with pytest.raises(OutputError, match=r"checkpoint-2: the disk is full"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("train", [TRAIN, {"language": "full"}], ids=["lora", "full"])
+def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, dataset, processor, train):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llava(processor), train)
+    best = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        # The worst one is the best, so that it is not the last.
+        "greater_is_better": True,
+    }
+    trainer = MultimodalTrainer(
+        model=model,
+        args=arguments(tmp_path, **best),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+def test_save_model_writes_the_processor_beside_the_adapter(tmp_path, dataset, processor):
+    trainer = MultimodalTrainer(
+        model=get_peft_model(tiny_llava(processor), TRAIN),
+        args=arguments(tmp_path),
+        train_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+        processing_class=processor,
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoProcessor.from_pretrained(tmp_path / "saved").image_token == processor.image_token
+
+
+def test_label_smoothing_needs_the_logits_of_every_position(tmp_path, dataset, processor):
+    with pytest.raises(RecipeError, match=r"label_smoothing_factor=0.1 .*supervised_only=False"):
+        MultimodalTrainer(
+            model=get_peft_model(tiny_llava(processor), TRAIN),
+            args=arguments(tmp_path, label_smoothing_factor=0.1),
+            train_dataset=dataset,
+            data_collator=MultimodalCollator(processor),
+        )
