@@ -14,6 +14,14 @@ from mmpeft.core.errors import RecipeError
 
 Location = tuple[str | int, ...]
 
+_EXPECTED = {
+    "tuple_type": "a list",
+    "dict_type": "a block of keys and values",
+    "model_type": "a block of keys and values",
+    "model_attributes_type": "a block of keys and values",
+}
+"""What pydantic calls by the names of Python's types, as a recipe has it."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's floats (PyYAML reads `1e-3` as text) and duplicate keys refused."""
@@ -44,7 +52,7 @@ class Document:
         """Set one value from `key.key=value`; list items by index, stages also by name.
 
         Raises:
-            RecipeError: no `=`, or the key leads nowhere.
+            RecipeError: no `=`, a value that is no YAML, or the key leads nowhere.
         """
         path, separator, raw = text.partition("=")
         if not separator or not path:
@@ -54,7 +62,11 @@ class Document:
         for key in keys[:-1]:
             target = _step(target, key, text)
         last = keys[-1]
-        value = yaml.load(raw, _Loader)
+        try:
+            value = yaml.load(raw, _Loader)
+        except yaml.YAMLError as error:
+            said = getattr(error, "problem", None) or error
+            raise RecipeError(f"--set {text!r}: the value {raw!r} is not valid YAML: {said}") from error
         if isinstance(target, list):
             target[_index(target, last, text)] = value
         else:
@@ -155,6 +167,8 @@ def _message(problem: Mapping[str, Any], model: type[BaseModel], location: Locat
         found = problem["input"]
         names = re.findall(r"'([^']*)'", expected)
         return f"found {found!r}; expected {expected}{did_you_mean(found, names) if isinstance(found, str) else ''}"
+    if kind in _EXPECTED:
+        return f"found {problem['input']!r}; expected {_EXPECTED[kind]}"
     text = str(problem["msg"])
     return f"found {problem['input']!r}; {text[0].lower()}{text[1:]}"
 

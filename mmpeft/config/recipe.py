@@ -1,5 +1,6 @@
 """The recipe: one file that describes a run. Frozen pydantic models; unknown keys fail."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -240,6 +241,9 @@ class Recipe(_Block):
             RecipeError: every problem at once, each with its line, key, what was found and the nearest valid name.
         """
         document = load_yaml(Path(path))
+        preset = document.value.get("stages")
+        if isinstance(preset, str) and preset in PRESETS and any(text.startswith("stages.") for text in overrides):
+            document.value["stages"] = copy.deepcopy(list(PRESETS[preset]))
         for override in overrides:
             document.override(override)
         try:

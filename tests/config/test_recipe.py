@@ -117,6 +117,7 @@ def test_overrides_reach_by_key_by_index_and_by_stage_name(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("output=[", r"--set 'output=\[': the value '\[' is not valid YAML"),
         ("batch", "expected key=value"),
         ("stages.b.epochs=1", "no item 'b' in a list of 1"),
         ("stages.a.epochs.x=1", r"stages\[0\].epochs: found \{'x': 1\}"),
@@ -157,3 +158,17 @@ def test_floats_are_read_as_yaml_1_2_does(tmp_path):
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(Exception, match="frozen"):
         Recipe.from_dict(MINIMAL).seed = 3
+
+
+def test_stages_of_a_preset_are_reached_by_name(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    recipe = Recipe.from_yaml(path, ("stages.language.learning_rate.language=1e-4", "stages.0.epochs=2"))
+    assert recipe.stages[1].learning_rate == {"projector": 2e-5, "language": 1e-4}
+    assert recipe.stages[0].epochs == 2
+    assert Recipe.from_yaml(path).stages[0].epochs == 1
+
+
+def test_a_value_of_another_shape_is_named_in_the_words_of_a_recipe(tmp_path):
+    message = problems(tmp_path, "model: m\ndata: train.json\nstages: {projector: {train: {projector: full}}}\n")
+    assert "line 2: data: found 'train.json'; expected a block of keys and values" in message
+    assert "expected a list" in message
