@@ -66,8 +66,8 @@ class _Check:
 
     def __init__(self, path: Path, report: Report) -> None:
         self.path, self.report = path, report
-        self.ids: dict[str, int] = {}
-        self.conversations: dict[str, int] = {}
+        self.ids: dict[str, Sample] = {}
+        self.conversations: dict[str, Sample] = {}
         self.kinds: Counter[str] = Counter()
         self.ignored: dict[str, int] = {}
 
@@ -89,13 +89,13 @@ class _Check:
         self.report.samples += 1
         self.report.turns += sum(turn.role != "system" for turn in sample.turns)
         self.kinds[sample.kind] += 1
-        first = self.ids.setdefault(sample.id, sample.line)
-        if first != sample.line:
-            self.report.warnings.append(f"{where}: the same id as in line {first}")
+        first = self.ids.setdefault(sample.id, sample)
+        if first is not sample:
+            self.report.warnings.append(f"{where}: the same id as {_place(first)}")
         said = hash_value([[turn.role, turn.text] for turn in sample.turns] + list(sample.images))
-        first = self.conversations.setdefault(said, sample.line)
-        if first != sample.line:
-            self.report.warnings.append(f"{where}: the same pictures and conversation as in line {first}")
+        first = self.conversations.setdefault(said, sample)
+        if first is not sample:
+            self.report.warnings.append(f"{where}: the same pictures and conversation as {_place(first)}")
         for number, turn in enumerate(sample.turns):
             if turn.role == "assistant" and turn.text != turn.text.strip():
                 self.report.warnings.append(f"{where}: the answer of turn {number} begins or ends with white space")
@@ -112,6 +112,10 @@ class _Check:
             report.warnings.append(f"{self.path}:{line}: the key {key!r} is not known and not used (here first)")
         if not report.samples and not report.errors:
             report.errors.append(f"{self.path}: holds no sample")
+
+
+def _place(sample: Sample) -> str:
+    return f"sample {sample.index} in line {sample.line}"
 
 
 def describe_samples(

@@ -1,3 +1,5 @@
+import json
+
 from mmpeft.data.check import Report, check_data
 from tests.data.files import colour_set, gpt, human, picture, row, write_json, write_lines
 from tests.data.test_dataset import broken_png
@@ -44,9 +46,18 @@ def test_what_may_not_be_meant_is_a_warning(tmp_path):
     report = check_data(path)
     assert (report.errors, report.samples) == ([], 4)
     assert report.warnings == [
-        f"{path}:2: sample 1 (id 'a'): the same id as in line 1",
-        f"{path}:3: sample 2 (id 'b'): the same pictures and conversation as in line 2",
+        f"{path}:2: sample 1 (id 'a'): the same id as sample 0 in line 1",
+        f"{path}:3: sample 2 (id 'b'): the same pictures and conversation as sample 1 in line 2",
         f"{path}:4: sample 3 (id 'c'): the answer of turn 1 begins or ends with white space",
         f"{path}: picture 'long.png' is 200 x 10, an extreme shape",
         f"{path}:4: the key 'source' is not known and not used (here first)",
+    ]
+
+
+def test_a_sample_that_stands_twice_is_found_in_a_file_of_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row(id="a"), row(id="a")]))
+    assert check_data(path).warnings == [
+        f"{path}:1: sample 1 (id 'a'): the same id as sample 0 in line 1",
+        f"{path}:1: sample 1 (id 'a'): the same pictures and conversation as sample 0 in line 1",
     ]
