@@ -46,6 +46,11 @@ _PREFIX_BYTES = 16
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
+def is_url(text: str) -> bool:
+    """Whether a picture's name is a URL, which is never fetched, not a path."""
+    return _URL.match(text) is not None
+
+
 def resolve_picture(name: str | Path, *, root: Path) -> Path:
     """Where a data file's picture lies, links followed; always a regular file inside `root`.
 
@@ -53,7 +58,7 @@ def resolve_picture(name: str | Path, *, root: Path) -> Path:
         DataError: a URL, a path that leaves `root` (absolute, by `..` or by a link), or no such file.
     """
     text = str(name)
-    if _URL.match(text):
+    if is_url(text):
         raise DataError(f"picture {text!r} is a URL, and URLs are off: download it and write its path")
     try:
         base = root.resolve()

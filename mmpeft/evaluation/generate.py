@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from mmpeft.core.errors import DataError
 from mmpeft.data.chat import check_texts, control_tokens
 from mmpeft.data.encode import Encoded, picture_length, render_chat, starts_with_bos
-from mmpeft.data.media import check_image, load_image, to_rgb
+from mmpeft.data.media import check_image, is_url, load_image, to_rgb
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Question, Turn
 
 _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
@@ -89,6 +89,8 @@ def answer(
 def _picture(image: str | Path | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image))
+    if is_url(str(image)):
+        raise DataError(f"picture {str(image)!r} is a URL, and URLs are off: download it and give its path")
     path = Path(image).resolve()
     return load_image(path.name, root=path.parent)
 

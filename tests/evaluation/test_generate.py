@@ -239,3 +239,8 @@ def test_longest_questions_come_first(monkeypatch, llava, processor, questions, 
     answer_questions(llava, processor, questions, media_root=tmp_path, max_new_tokens=1, batch_size=2)
     flat = [size for group in sizes for size in group]
     assert flat == sorted(flat, reverse=True)
+
+
+def test_a_url_in_place_of_a_picture_is_named(llava, processor):
+    with pytest.raises(DataError, match=r"picture 'https://x/y.png' is a URL, and URLs are off"):
+        answer(llava, processor, images=["https://x/y.png"], prompt="?")
