@@ -7,6 +7,7 @@ import warnings
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from mmpeft import __version__
 from mmpeft.cli import answers, data, plan, quickstart, recipes, run
@@ -59,12 +60,14 @@ def main() -> None:
     except MMPeftError as error:
         if verbose:
             err.print_exception()
-        err.print("[bold red]error:[/] ", end="")
-        err.print(str(error), markup=False, soft_wrap=True)
+        # In one piece, so that those of processes side by side don't mix.
+        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise SystemExit(_status(error)) from None
-    except KeyboardInterrupt:
-        err.print("stopped; what had been written is kept, and the same command goes on from the last checkpoint")
-        raise SystemExit(EXIT_INTERRUPTED) from None
+    except SystemExit as exit_:
+        # typer turns Ctrl-C into a silent exit.
+        if exit_.code == EXIT_INTERRUPTED:
+            err.print("stopped; what had been written is kept: the same command goes on from there")
+        raise
 
 
 def _status(error: MMPeftError) -> int:

@@ -1,5 +1,6 @@
 """From a recipe to the Trainer's arguments: the batch on the processes at hand, steps, learning rates."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from mmpeft.config.names import did_you_mean
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
@@ -70,7 +73,7 @@ def training_arguments(
         dtype: of the base model's weights; half precision switches autocast on.
 
     Raises:
-        RecipeError: transformers refuses a value of the `trainer` block.
+        RecipeError: transformers refuses a value of the `trainer` block, or what a value needs is not installed.
     """
     device = PartialState().device.type
     defaults: dict[str, Any] = {
@@ -102,6 +105,40 @@ def training_arguments(
         "dataloader_num_workers": recipe.data.workers,
     }
     try:
-        return TrainingArguments(**{**defaults, **stage.trainer, **owned})
+        args = TrainingArguments(**{**defaults, **stage.trainer, **owned})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"stages.{stage.name}.trainer: {error}") from error
+    _check_libraries(stage, args)
+    if args.eval_strategy != "no" and recipe.data.eval is None:
+        raise RecipeError(f"stages.{stage.name}.trainer.eval_strategy: there is nothing to evaluate on; give data.eval")
+    return args
+
+
+def _check_libraries(stage: StageConfig, args: TrainingArguments) -> None:
+    """Make sure that what the `trainer` block reports to and optimises with exists and is installed."""
+    key = f"stages.{stage.name}.trainer"
+    installed = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"{key}.report_to: unknown tracker {name!r}{did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in installed and name != "flyte":  # which transformers 5.24 can use, but never lists
+            here = f"here are: {', '.join(installed)}" if installed else "no tracker is installed here"
+            raise RecipeError(f"{key}.report_to: {name} is not installed ({here}); install it, or leave report_to out")
+    # Those optimizers that ask for the model say so by a ValueError; they are looked for when it is there.
+    with contextlib.suppress(ValueError):
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except ImportError as error:
+            raise RecipeError(f"{key}.optim: {error}") from error
+
+
+def check_trainer_blocks(recipe: Recipe, samples: int) -> None:
+    """Find before anything is trained what `training_arguments` would refuse in a later stage.
+
+    Raises:
+        RecipeError: see `training_arguments`.
+    """
+    batch = plan_batch(recipe, PartialState().num_processes)
+    for stage in recipe.stages:
+        steps = count_steps(stage, samples, batch.size)
+        training_arguments(recipe, stage, output=recipe.output, batch=batch, steps=steps, dtype=torch.float32)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from mmpeft.config.recipe import EvaluateConfig
 from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.evaluation.generate import answer_questions
+from mmpeft.evaluation.metrics import load_metric
 from mmpeft.evaluation.scores import score_answers
 
 
@@ -33,7 +34,13 @@ def evaluate_model(
     Returns:
         `{"metrics": {name: value}, "by_kind": {kind: {...}}, "predictions": [...], "seconds": float}`; on
         several processes each answers its share and all get the whole.
+
+    Raises:
+        RecipeError: a metric that does not exist; before any question is asked.
+        DataError: no question, a picture that cannot be read, or a prompt that holds a control token.
     """
+    for name in metrics:
+        load_metric(name)
     state = PartialState()
     start = time.perf_counter()
     questions = dataset.questions()[:limit]

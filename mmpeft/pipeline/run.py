@@ -26,6 +26,7 @@ from mmpeft.families.registry import family_of
 from mmpeft.methods.checkpoint import FACTS_NAME, copy_adapter
 from mmpeft.models.devices import pick_device
 from mmpeft.models.load import load_model, load_processor
+from mmpeft.pipeline.arguments import check_trainer_blocks
 from mmpeft.pipeline.base import resolve_base, skeleton
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory
 from mmpeft.pipeline.evaluate import evaluate_with
@@ -101,12 +102,14 @@ def _processes(recipe: Recipe) -> PartialState:
 def plan(recipe: Recipe) -> list[dict[str, Any]]:
     """What each stage would train and for how many steps, as plan.json holds it; trains nothing.
 
+    What a run has written in `output` stays as it is; only a model that the recipe composes is made there.
+
     Raises:
         MMPeftError: of the recipe, the data or the model, as `run` would raise it before training.
     """
     _processes(recipe)
     session = _Run(recipe, console=Console(quiet=True))
-    session.prepare()
+    session.prepare(write=False)
     return list(session.plan.values())
 
 
@@ -136,10 +139,11 @@ class _Run:
         self.evaluations: dict[str, Any] = {}
         self.last = "before"
 
-    def prepare(self) -> None:
+    def prepare(self, *, write: bool = True) -> None:
         """Everything that can fail before anything is trained: output, base, data, plan."""
         recipe, directory = self.recipe, self.directory
-        if self.state.is_main_process:
+        write = write and self.state.is_main_process
+        if write:
             ensure_directory(directory.path)
             write_text(directory.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
         identity = base_hash(recipe)
@@ -150,8 +154,9 @@ class _Run:
             self.train = self._load(recipe.data.train)
             self.eval = self._load(recipe.data.eval) if recipe.data.eval is not None else None
         self.hashes = {id(data): data_hash(data) for data in (self.train, self.eval) if data is not None}
+        check_trainer_blocks(recipe, len(self.train))
         plan = plan_stages(recipe, base, len(self.train))
-        if self.state.is_main_process:
+        if write:
             write_json(directory.plan, {"stages": plan})
             write_json(directory.data, {"train": self._describe(self.train), "eval": self._describe(self.eval)})
         self.plan = {row["name"]: row for row in plan}

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
-from mmpeft.core.errors import OutputError, RecipeError, RunInterrupted
+from mmpeft.core.errors import OutputError, RunInterrupted
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.data.collate import MultimodalCollator
@@ -179,8 +179,6 @@ def _trainer(
     steps: int,
 ) -> MultimodalTrainer:
     args = training_arguments(recipe, stage, output=folder.checkpoints, batch=batch, steps=steps, dtype=prepared.dtype)
-    if args.eval_strategy != "no" and datasets[1] is None:
-        raise RecipeError(f"stages.{stage.name}.trainer.eval_strategy: there is nothing to evaluate on; give data.eval")
     trainer = MultimodalTrainer(
         model=prepared.model,
         args=args,

@@ -152,3 +152,63 @@ def test_the_quickstarts_recipe_parses():
     assert yaml.safe_dump(recipe.to_dict())
     other = quickstart_recipe(Path("x"), language="some/vlm", compose=False, seed=0, smallest=False)
     assert other.model == "some/vlm"
+
+
+def test_ctrl_c_is_said_and_is_status_130(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmpeft.load_model", interrupted, raising=False)
+    status, out, errors = call(monkeypatch, capsys, "generate", "x", "--prompt", "x", "--json")
+    assert (status, out) == (130, "")
+    assert "stopped; what had been written is kept" in errors
+
+
+def test_one_of_several_processes_prints_the_object():
+    program = "from mmpeft.cli.output import human, print_json; print_json({'a': 1}); human(False).print('b')"
+    for rank, want in (("0", '{"a": 1}\nb\n'), ("1", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"RANK": rank}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == want
+
+
+def test_an_unknown_metric_is_named_before_a_question_is_asked(tmp_path, monkeypatch, capsys):
+    write_project(tmp_path)
+    monkeypatch.setattr("mmpeft.pipeline.evaluate.answer_questions", lambda *_, **__: pytest.fail("asked"))
+    data = ["--data", tmp_path / "data" / "eval.json", "--media-root", tmp_path / "data" / "images"]
+    status, _, errors = call(monkeypatch, capsys, "evaluate", tmp_path / "base", *data, "--metric", "exact_mach")
+    assert status == 2
+    assert "did you mean 'exact_match'?" in errors
+
+
+def test_a_plan_leaves_what_a_run_wrote_as_it_is(tmp_path, monkeypatch, capsys):
+    path = write_project(tmp_path)
+    assert call(monkeypatch, capsys, "plan", path)[0] == 0
+    assert not (tmp_path / "run").exists()
+    assert call(monkeypatch, capsys, "run", path)[0] == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("recipe.yaml", "plan.json", "data.json")}
+    assert call(monkeypatch, capsys, "plan", path, "--set", "stages.language.max_steps=9")[0] == 0
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("report_to=wandbb", "trainer.report_to: unknown tracker 'wandbb'; did you mean 'wandb'?"),
+        ("report_to=neptune", "trainer.report_to: neptune is not installed"),
+        ("optim=adamw_bnb_8bit", "trainer.optim: You need to install `bitsandbytes`"),
+        ("optim=adamw_foo", "trainer: adamw_foo is not a valid OptimizerNames"),
+        ("eval_strategy=epoch", "trainer.eval_strategy: there is nothing to evaluate on; give data.eval"),
+    ],
+)
+def test_what_a_later_stage_cannot_have_is_named_before_the_first_is_trained(
+    tmp_path, monkeypatch, capsys, setting, said
+):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda *_: False)
+    monkeypatch.setattr("mmpeft.pipeline.arguments.get_available_reporting_integrations", list)
+    changed = [f"--set=stages.language.trainer.{setting}", "--set=data.eval=null"]
+    status, _, errors = call(monkeypatch, capsys, "run", write_project(tmp_path), *changed)
+    assert status == 2
+    assert f"stages.language.{said}" in errors
+    assert not (tmp_path / "run" / "stages").exists()
