@@ -1,6 +1,7 @@
 """What listens to training: the metrics file, and Ctrl-C."""
 
 import json
+import os
 import signal
 import threading
 import time
@@ -101,6 +102,7 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = False
         self._notify = notify or (lambda text: None)
         self._previous: Any = None
+        self._process = os.getpid()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take over SIGINT, where this is the main thread (Python delivers signals there only)."""
@@ -108,6 +110,9 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A terminal sends Ctrl-C to the loader's workers too; they go on, and end with the loader.
+            return
         if self.interrupted:
             self.release()
             raise KeyboardInterrupt

@@ -71,3 +71,17 @@ def test_the_first_ctrl_c_saves_and_stops_the_second_stops_at_once(args):
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_in_a_worker_of_the_loader_is_left_to_the_process_that_trains(args):
+    said = []
+    callback = StopOnInterrupt(notify=said.append)
+    callback.on_train_begin(args, TrainerState(), TrainerControl())
+    try:
+        worker = os.fork()
+        if not worker:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(len(said))
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+    finally:
+        callback.release()
