@@ -18,7 +18,7 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeatable.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Picture to ask about; repeatable.", metavar="<path>")] = None,
     adapter: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     device: DeviceOption = "auto",
@@ -29,7 +29,7 @@ def generate(
     loaded, processor = mmpeft.load_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
     text = mmpeft.answer(loaded, processor, images=image or [], prompt=prompt, max_new_tokens=max_new_tokens)
     if as_json:
-        print_json({"answer": text, "prompt": prompt, "images": [str(path) for path in image or []]})
+        print_json({"answer": text, "prompt": prompt, "images": image or []})
     else:
         human(as_json).print(text, markup=False)
 

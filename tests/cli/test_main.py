@@ -212,3 +212,11 @@ def test_what_a_later_stage_cannot_have_is_named_before_the_first_is_trained(
     assert status == 2
     assert f"stages.language.{said}" in errors
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_url_reaches_the_message_as_it_was_given(tmp_path, monkeypatch, capsys):
+    write_project(tmp_path)
+    arguments = ["generate", tmp_path / "base", "--image", "https://x/y.png", "--prompt", "x"]
+    status, _, errors = call(monkeypatch, capsys, *arguments)
+    assert status == 3
+    assert "picture 'https://x/y.png' is a URL" in errors
