@@ -1,5 +1,8 @@
 """`mmpeft quickstart`: the main job on real data, with nothing to prepare."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +58,10 @@ def quickstart(
     console.print(score_table(shown))
     _show_example(console, output, result.example)
     picture = output / "data" / "images" / result.example["image"]
+    program = "mmpeft" if shutil.which("mmpeft") else f"{os.path.relpath(sys.executable)} -m mmpeft"
     console.print(
-        f"\nadapter  {result.run.result}\nreport   {result.run.report}\nask      mmpeft generate {result.run.result} "
+        f"\nadapter  {result.run.result}\nreport   {result.run.report}\n"
+        f"ask      {program} generate {result.run.result} "
         f"--image {picture} --prompt {result.example['prompt']!r}\n\n"
         "It is a plain PEFT adapter; transformers and peft load it without mmpeft:\n\n"
         "  from transformers import AutoModelForImageTextToText, AutoProcessor\n"

@@ -52,9 +52,7 @@ def get_peft_model(
             _check_part_exists(model, spec, part)
     if trains_tower(parts):
         return _train_in_place(model, spec, parts)
-    held: dict[Part, PartTraining] = {
-        part: parts[part] if parts[part] != "frozen" else (carried or {}).get(part, "frozen") for part in PARTS
-    }
+    held = _held(parts, carried or {})
     check_carried(parts, carried or {})
     saved = spec.projector_leaves(model, spec) if held["projector"] == "full" else []
     peft_model = _attach(model, lora_config(model, spec, held, saved=saved))
@@ -62,6 +60,22 @@ def get_peft_model(
     _check_trainable(peft_model, parts)
     _in_full_precision(peft_model)
     return peft_model
+
+
+def _held(train: Mapping[Part, PartTraining], carried: Mapping[Part, PartTraining]) -> dict[Part, PartTraining]:
+    """How each part stands in the adapter: as it trains now, else as an earlier stage trained it.
+
+    Dropout is of no account where nothing trains, and an adapter has one value of it: that of the parts that do.
+    """
+    training = [fields for fields in train.values() if isinstance(fields, dict)]
+    dropout = {"lora_dropout": training[0]["lora_dropout"]} if training and "lora_dropout" in training[0] else {}
+    held: dict[Part, PartTraining] = {}
+    for part in PARTS:
+        form = train[part] if train[part] != "frozen" else carried.get(part, "frozen")
+        if train[part] == "frozen" and isinstance(form, dict):
+            form = {key: value for key, value in form.items() if key != "lora_dropout"} | dropout
+        held[part] = form
+    return held
 
 
 def _attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

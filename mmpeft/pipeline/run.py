@@ -45,7 +45,8 @@ class RunResult:
 
     Attributes:
         output: its directory.
-        result: the adapter directory; the model directory where the last stage trained a tower `full`.
+        result: `adapter/`; the last stage's model directory where it trained a tower `full`; of a run that
+            stopped early (`until`), what its last stage wrote.
         report: report.html.
         stages: for each stage `{"name", "status": "trained" | "unchanged", "figures": {...}}`.
         scores: `{"before" | stage | "after": {metric: value}}`; empty without held-out data.
@@ -83,7 +84,7 @@ def run(recipe: Recipe, *, resume: bool = True, until: str | None = None, consol
             session.advance(index, stage, resume=resume)
             if stage.name == until:
                 break
-        result = session.finish()
+        result = session.finish(whole=until in (None, names[-1]))
     except BaseException:
         # The report of a run that broke off; where even that cannot be written, its own error is the one to see.
         with contextlib.suppress(OutputError):
@@ -127,6 +128,19 @@ class _Position:
         return self.adapter or Path(self.base)
 
 
+def _check_pictures(recipe: Recipe, dataset: MultimodalDataset) -> None:
+    """A stage that trains only what carries pictures would learn nothing from a file without one."""
+    if any(dataset.sample(index).images for index in range(len(dataset))):
+        return
+    for stage in recipe.stages:
+        if stage.train.get("language", "frozen") == "frozen":
+            parts = " and ".join(part for part, training in stage.train.items() if training != "frozen")
+            raise RecipeError(
+                f"stages.{stage.name}: it trains only {parts}, but no sample of {dataset.path} has a picture; "
+                "train the language part, or give samples an `image`"
+            )
+
+
 class _Run:
     """One run of a recipe; each method is one act of it."""
 
@@ -155,6 +169,7 @@ class _Run:
             self.eval = self._load(recipe.data.eval) if recipe.data.eval is not None else None
         self.hashes = {id(data): data_hash(data) for data in (self.train, self.eval) if data is not None}
         check_trainer_blocks(recipe, len(self.train))
+        _check_pictures(recipe, self.train)
         plan = plan_stages(recipe, base, len(self.train))
         if write:
             write_json(directory.plan, {"stages": plan})
@@ -273,16 +288,20 @@ class _Run:
         self.console.print(f"  held out, {name}: {figures} ({scores['seconds']:.0f} s)")
 
     def _write_evaluations(self) -> None:
-        if self.state.is_main_process and self.evaluations != self.stored:
-            write_json(self.directory.evaluation, self.evaluations)
+        # Answers of later stages stay as long as nothing that they rest on was trained again.
+        trained = any(stage["status"] == "trained" for stage in self.stages)
+        entries = self.evaluations if trained else {**self.stored, **self.evaluations}
+        if self.state.is_main_process and entries != self.stored:
+            write_json(self.directory.evaluation, entries)
 
-    def finish(self) -> RunResult:
-        """The adapter under its final name, with its facts and card."""
+    def finish(self, *, whole: bool) -> RunResult:
+        """The adapter under its final name, with its facts and card; of a run that stopped early, its stage's own."""
         if self.eval is not None:
-            self.evaluations["after"] = self.evaluations[self.last]
+            if whole:
+                self.evaluations["after"] = self.evaluations[self.last]
             self._write_evaluations()
         result = self.position.result
-        if self.position.adapter is not None:
+        if whole and self.position.adapter is not None:
             result = self.directory.adapter
             facts = self._facts()
             current = result / FACTS_NAME

@@ -178,3 +178,11 @@ def test_a_projector_trained_two_ways_is_refused(llava, now, before):
 def test_a_projector_trained_further_is_carried(llava):
     model = get_peft_model(llava, ADAPTERS["both"], carried={"projector": "full", "vision": "frozen"})
     assert isinstance(model, PeftModel)
+
+
+@pytest.mark.parametrize("now", [{"r": 2}, {"r": 2, "lora_dropout": 0.2}])
+def test_dropout_of_a_carried_part_does_not_bind_the_next_stage(llava, now):
+    carried = {"language": {"r": 4, "lora_dropout": 0.1}}
+    model = get_peft_model(llava, {"vision": now}, carried=carried)
+    assert model.peft_config["default"].lora_dropout == now.get("lora_dropout", 0.0)
+    assert any("language_model" in name and ".lora_A." in name for name, _ in model.named_parameters())

@@ -1,3 +1,4 @@
+import json
 import signal
 import subprocess
 import sys
@@ -291,6 +292,30 @@ def test_a_batch_that_cannot_be_cut_is_an_error_before_anything_runs(tmp_path):
 def test_a_stage_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(RecipeError, match="no stage 'langauge' in the recipe; it has: projector, language"):
         run(write_project(tmp_path), until="langauge")
+
+
+def test_stopping_early_leaves_the_result_of_a_whole_run_alone(tmp_path):
+    path = write_project(tmp_path)
+    run(path)
+    before = snapshot(tmp_path / "run")
+    result = run(path, until="projector")
+    assert result.result == tmp_path / "run" / "stages" / "01-projector" / "adapter"
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_stopping_early_the_first_time_writes_no_final_adapter(tmp_path):
+    result = run(write_project(tmp_path), until="projector")
+    assert (result.result / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert set(result.scores) == {"before", "projector"}
+
+
+def test_a_projector_stage_on_text_alone_is_an_error(tmp_path):
+    path = write_project(tmp_path, stages=TWO_STAGES[:1])
+    turns = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "data" / "train.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    with pytest.raises(RecipeError, match=r"stages.projector: it trains only projector, but no sample of .* picture"):
+        run(path)
 
 
 def test_an_output_that_is_a_file_is_an_error(tmp_path):
