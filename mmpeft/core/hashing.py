@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,3 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def hash_files(paths: Iterable[Path], *, root: Path) -> str:
-    """SHA-256 (hex) over the names (relative to `root`) and bytes of several files."""
-    return hash_value({path.relative_to(root).as_posix(): hash_file(path) for path in sorted(paths)})

@@ -9,14 +9,13 @@ adapter/
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -216,17 +215,6 @@ def copy_adapter(source: Path, destination: Path, *, facts: Mapping[str, Any], c
         shutil.copytree(source, folder, dirs_exist_ok=True)
         write_json(folder / FACTS_NAME, facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def adapter_parts(path: str | Path) -> dict[str, Any]:
-    """`adapter_config.json` of an adapter directory, checked to be a PEFT configuration.
-
-    Raises:
-        AdapterError: there is none.
-    """
-    if not (Path(path) / CONFIG_NAME).is_file():
-        raise AdapterError(f"{path}: no {CONFIG_NAME} there; expected a directory that holds an adapter")
-    return PeftConfig.from_pretrained(os.fspath(path)).to_dict()
 
 
 def remove_directory(path: Path) -> None:
