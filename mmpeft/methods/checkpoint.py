@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -24,11 +24,10 @@ from transformers import PreTrainedModel
 from mmpeft.config.train import PartTraining, changes_base
 from mmpeft.core.errors import AdapterError
 from mmpeft.core.files import read_json, whole_directory, write_json
+from mmpeft.models.load import FACTS_NAME
 
 logger = logging.getLogger(__name__)
 
-FACTS_NAME = "mmpeft.json"
-CONFIG_NAME = "adapter_config.json"
 MAGNITUDE = ".lora_magnitude_vector"
 
 InitialLora = dict[str, torch.Tensor]

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from mmpeft.config.recipe import ComposeConfig, Recipe
 from mmpeft.core.files import read_json
-from mmpeft.methods.checkpoint import FACTS_NAME, save_model
+from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.compose import compose_model
+from mmpeft.models.load import FACTS_NAME
 
 logger = logging.getLogger(__name__)
 

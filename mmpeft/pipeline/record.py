@@ -10,7 +10,7 @@ import yaml
 
 from mmpeft.core.errors import OutputError
 from mmpeft.core.files import read_json
-from mmpeft.methods.checkpoint import FACTS_NAME
+from mmpeft.models.load import FACTS_NAME
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory
 from mmpeft.training.callbacks import read_metrics
 

@@ -23,9 +23,9 @@ from mmpeft.core.types import Part
 from mmpeft.data.dataset import MultimodalDataset, load_dataset
 from mmpeft.export.card import render_card
 from mmpeft.families.registry import family_of
-from mmpeft.methods.checkpoint import FACTS_NAME, copy_adapter
+from mmpeft.methods.checkpoint import copy_adapter
 from mmpeft.models.devices import pick_device
-from mmpeft.models.load import load_model, load_processor
+from mmpeft.models.load import FACTS_NAME, load_model, load_processor
 from mmpeft.pipeline.arguments import check_trainer_blocks
 from mmpeft.pipeline.base import resolve_base, skeleton
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory

@@ -11,14 +11,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from mmpeft.core.files import write_json, write_text
 from mmpeft.data.types import Question, Turn
 from mmpeft.evaluation.scores import score_answers
+from mmpeft.pipeline.digits import QUESTIONS, reference
 
 PICTURES = 24
-KINDS = {
-    "digit": "Which digit is written here?",
-    "parity": "Is the digit even or odd?",
-    "compare": "Is the digit greater than four?",
-    "next": "Which digit comes after this one?",
-}
 RIGHT = {
     "before": {},
     "projector": {"digit": 0.70, "parity": 0.87, "compare": 0.75, "next": 0.58},
@@ -55,15 +50,6 @@ VERSIONS = {
     "accelerate": "1.15.0",
     "datasets": "5.2.0",
 }
-
-
-def truth(kind: str, digit: int) -> str:
-    return {
-        "digit": str(digit),
-        "parity": "odd" if digit % 2 else "even",
-        "compare": "yes" if digit > 4 else "no",
-        "next": str((digit + 1) % 10),
-    }[kind]
 
 
 def draw_digit(digit: int, seed: int, side: int = 32) -> Image.Image:
@@ -224,11 +210,11 @@ def _evaluations(images: Path, answers: dict[str, str]) -> dict:
     for index in range(PICTURES):
         digit, name = index % 10, f"digit-{index:04d}.png"
         draw_digit(digit, index).save(images / name)
-        for kind, text in KINDS.items():
+        for kind, text in QUESTIONS.items():
             turns = (Turn(role="user", text=f"<image>\n{text}"),)
             questions.append(
                 Question(
-                    id=f"{index:04d}-{kind}", prompt=turns, images=(name,), reference=truth(kind, digit), kind=kind
+                    id=f"{index:04d}-{kind}", prompt=turns, images=(name,), reference=reference(kind, digit), kind=kind
                 )
             )
             wrong = {"parity": "neither", "compare": "maybe"}.get(kind, str((digit + 3) % 10))
@@ -236,7 +222,7 @@ def _evaluations(images: Path, answers: dict[str, str]) -> dict:
                 if stage == "before":
                     said = "The image shows a person standing in front of a window, looking out"
                 else:
-                    said = truth(kind, digit) if rng.random() < chances[kind] else wrong
+                    said = reference(kind, digit) if rng.random() < chances[kind] else wrong
                 spoken[stage].append(answers.get(questions[-1].id, said) if stage == "language" else said)
     scored = {
         stage: {**score_answers(questions, said, RECIPE["evaluate"]["metrics"]), "seconds": 7.5}
