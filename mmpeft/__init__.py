@@ -6,6 +6,8 @@ Names are imported when first used (PEP 562), so that `import mmpeft` costs neit
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mmpeft.core.torchvision import make_importable
+
 __version__ = "0.1.0"
 
 _HOME_OF = {
@@ -56,6 +58,9 @@ __all__ = [
     "run",
     "save_adapter",
 ]
+
+
+make_importable()
 
 
 def __getattr__(name: str) -> Any:

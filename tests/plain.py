@@ -10,13 +10,28 @@ from typing import Any
 
 import torch
 
+from mmpeft.core.torchvision import OPERATORS, built_for_other_torch
+
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+PRELUDE = (
+    f"""
+from torch.library import Library
+library = Library("torchvision", "DEF")
+for name in {OPERATORS}:
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+    if built_for_other_torch()
+    else ""
+)
+"""What a machine needs on which transformers cannot be imported by itself, for its torchvision is not torch's."""
 
 PROGRAM = textwrap.dedent(
     """
     import importlib.util, json, sys
     sys.path.insert(0, sys.argv[1])
     assert importlib.util.find_spec("mmpeft") is None, "mmpeft can be imported"
+    {PRELUDE}
     import torch
     from peft import PeftModel
     from PIL import Image
@@ -38,7 +53,7 @@ PROGRAM = textwrap.dedent(
     torch.save(tensors, out)
     print(json.dumps(answers))
     """
-)
+).replace("{PRELUDE}", PRELUDE)
 
 
 def load_without_mmpeft(

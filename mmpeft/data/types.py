@@ -1,17 +1,26 @@
 """The frozen types that a sample passes through on its way from a file to the model."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mmpeft.core.types import MODALITIES, Modality
 
 Role = Literal["system", "user", "assistant"]
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks a picture's place in a turn's text, in data files; the processor's own token takes its place later."""
 
+PLACEHOLDERS: Mapping[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
+"""What marks a picture's, a video's and a recording's place."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message; `text` holds an `IMAGE_PLACEHOLDER` where a picture stands."""
+    """One message; `text` holds one of the `PLACEHOLDERS` where a picture, video or recording stands."""
 
     role: Role
     text: str
@@ -24,7 +33,7 @@ class Sample:
     Attributes:
         id: the row's own `id`, else its index as text.
         turns: user and assistant in turn (a system turn may stand first); the last is the assistant's.
-        images: picture paths relative to the media root, in the order of the placeholders.
+        images, videos, audios: paths relative to the media root, each in the order of its placeholders.
         kind: the row's own `kind`, a label by which evaluation groups its scores; "" if there is none.
         index: the row's place in its file, from 0.
         line: the line of the file where the row starts, from 1.
@@ -33,9 +42,61 @@ class Sample:
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
     kind: str = ""
     index: int
     line: int
+
+    @property
+    def media(self) -> Mapping[Modality, tuple[str, ...]]:
+        """The paths by modality."""
+        return {"image": self.images, "video": self.videos, "audio": self.audios}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    """A recording, decoded.
+
+    Attributes:
+        samples: float32 [samples], mono, from -1 to 1.
+        sampling_rate: samples a second.
+    """
+
+    samples: np.ndarray
+    sampling_rate: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """The frames of a video that are used, decoded.
+
+    Attributes:
+        frames: uint8 [frames, height, width, 3], RGB.
+        indices: place of each frame in the file, from 0.
+        fps: frames a second of the file (not of `frames`).
+        total_frames: frames that the file holds.
+        audio: the audio track, where it was asked for and is there.
+    """
+
+    frames: np.ndarray
+    indices: tuple[int, ...]
+    fps: float
+    total_frames: int
+    audio: Audio | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """What a sample's placeholders stand for, decoded, each in the order of its placeholders."""
+
+    images: Sequence[Image.Image] = ()
+    videos: Sequence[Video] = ()
+    audios: Sequence[Audio] = ()
+
+    def of(self, modality: Modality) -> Sequence[Image.Image] | Sequence[Video] | Sequence[Audio]:
+        """The media of one modality."""
+        return {"image": self.images, "video": self.videos, "audio": self.audios}[modality]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +105,9 @@ class Question:
 
     id: str
     prompt: tuple[Turn, ...]
-    images: tuple[str, ...]
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
     reference: str
     kind: str = ""
 

@@ -1,11 +1,24 @@
 """What mmpeft has to know of a model family: facts, and the few functions that need the model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
-from mmpeft.core.types import Part
+from mmpeft.core.types import Modality, Part
+
+BoxConvention = Literal["fraction", "thousandths", "resized_pixels", "location_tokens"]
+"""How a family writes a place in a picture into text.
+
+    fraction          x1, y1, x2, y2 from 0 to 1, of the picture (LLaVA)
+    thousandths       whole numbers from 0 to 1000, of the picture (Qwen2-VL, Qwen3-VL, InternVL)
+    resized_pixels    whole pixels of the picture as the processor resizes it (Qwen2.5-VL)
+    location_tokens   <locYYYY><locXXXX><locYYYY><locXXXX>, 0000 to 1023, of the picture (PaliGemma)
+"""
+
+TokenTypes = Literal["media", "suffix"]
+"""What the family's `token_type_ids` say: 1 where a picture's tokens stand, or 1 where the answer stands."""
 
 
 def leaves_with_parameters(module: nn.Module, prefix: str) -> list[str]:
@@ -42,18 +55,33 @@ class FamilySpec:
     Attributes:
         name: what `mmpeft families` and `adapters/<name>/` call it.
         model_types: values of `config.model_type` that belong to it.
-        parts: for each part, the module paths that hold it, as `model.named_modules()` prints them.
+        parts: for each part, the module paths that hold it, as `model.named_modules()` prints them; where one
+            path lies inside another (`visual.merger` in `visual`), the longer one counts.
         projector_leaves: names the projector's trainable leaf modules in a given model.
+        modalities: what the model takes beside text.
+        chat_template: Jinja template for processors of the family that come without one.
+        token_types: how `token_type_ids` are made, where the forward wants them.
+        boxes: how places in a picture are written.
+        cacheable: the outermost outputs that are the same in every epoch while their parts are frozen.
+        note: what a user of the family should know, in one sentence; "" if nothing.
     """
 
     name: str
     model_types: tuple[str, ...]
     parts: Mapping[Part, tuple[str, ...]]
     projector_leaves: Callable[[nn.Module, "FamilySpec"], list[str]] = all_projector_leaves
+    modalities: tuple[Modality, ...] = ("image",)
+    chat_template: str | None = None
+    token_types: TokenTypes | None = None
+    boxes: BoxConvention = "fraction"
+    cacheable: tuple[Part, ...] = field(default=("vision",))
+    note: str = ""
 
     def part_of(self, name: str) -> Part | None:
         """The part that a module or parameter name belongs to; None if to no part."""
+        longest, found = -1, None
         for part, paths in self.parts.items():
-            if any(name == path or name.startswith(f"{path}.") for path in paths):
-                return part
-        return None
+            for path in paths:
+                if len(path) > longest and (name == path or name.startswith(f"{path}.") or not path):
+                    longest, found = len(path), part
+        return found

@@ -161,7 +161,8 @@ def _check_part_exists(model: PreTrainedModel, spec: FamilySpec, part: Part) -> 
         tops = sorted({".".join(name.split(".")[:2]) for name in names})
         raise RecipeError(
             f"train.{part}: not one parameter of {type(model).__name__} matched "
-            f"{', '.join(spec.parts[part])}; the model has: {', '.join(tops)}"
+            f"{', '.join(spec.parts.get(part, ())) or 'it (the family has no such part)'}; "
+            f"the model has: {', '.join(tops)}"
         )
 
 
@@ -200,5 +201,5 @@ def _check_trainable(peft_model: PeftModel, parts: Mapping[Part, PartTraining]) 
         if training != "frozen" and part not in reached:
             names = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, _ in peft_model.get_base_model().named_modules()})
             raise RecipeError(
-                f"train.{part}: PEFT matched no parameter of this part{did_you_mean(spec.parts[part][0], names)}"
+                f"train.{part}: PEFT matched no parameter of this part{did_you_mean(next(iter(spec.parts.get(part, ())), part), names)}"
             )

@@ -33,7 +33,7 @@ class PartPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """The whole table, in the order vision, projector, language."""
+    """The whole table, in the order vision, audio, projector, language; parts that the family lacks are left out."""
 
     parts: tuple[PartPlan, ...]
 
@@ -78,7 +78,7 @@ def describe_training(
     spec = family_of(model)
     counts = _count(model, spec)
     rows = []
-    for part in PARTS:
+    for part in (part for part in PARTS if part in spec.parts):
         parameters, trainable, carried = counts[part]
         training = train.get(part, "frozen")
         state: State = training if training in ("full", "frozen") else "lora"

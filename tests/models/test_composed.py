@@ -25,6 +25,7 @@ from mmpeft.models.load import load_model
 from mmpeft.models.modeling_composed import ComposedForConditionalGeneration
 from mmpeft.models.processing_composed import ComposedProcessor
 from tests.models.parts import tiny_language, tiny_vision
+from tests.plain import PRELUDE
 from tests.tiny import IMAGE_TOKENS, tiny_image_processor, tiny_tokenizer
 
 KINDS = {
@@ -341,7 +342,7 @@ def test_a_program_without_mmpeft_loads_it_with_its_own_code(tmp_path):
     }
     torch.save({"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}, tmp_path / "inputs.pt")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_WITHOUT_MMPEFT).format(folder=str(tmp_path))],
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(_WITHOUT_MMPEFT).format(folder=str(tmp_path))],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
