@@ -10,14 +10,18 @@ it marks `{% generation %}`.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
 from mmpeft.core.errors import DataError, ModelError
-from mmpeft.data.types import IMAGE_PLACEHOLDER, Turn
+from mmpeft.core.types import MODALITIES, Modality
+from mmpeft.data.types import PLACEHOLDERS, Turn
+from mmpeft.families.registry import family_of_processor
+
+_PLACEHOLDER = re.compile("|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in PLACEHOLDERS.items()))
 
 _CACHED = 16
 """Processors whose facts are kept; more than a process ever holds."""
@@ -30,41 +34,47 @@ class ControlTokens:
     Attributes:
         ids: of all special tokens.
         pattern: matches any of them in a text.
-        image: the text by which a chat template marks a picture, and its id.
+        media: the text by which a chat template marks a medium, by modality; those that the processor takes.
+        media_ids: the id of each of these texts.
+        media_pattern: matches any of them; the group that matched is the modality.
     """
 
     ids: frozenset[int]
     pattern: re.Pattern[str]
-    image: str
-    image_id: int
+    media: Mapping[Modality, str]
+    media_ids: Mapping[Modality, int]
+    media_pattern: re.Pattern[str]
 
 
 def control_tokens(processor: Any) -> ControlTokens:
     """The control tokens of a processor.
 
     Raises:
-        ModelError: the processor has no picture token.
+        ModelError: the processor has a token for no medium.
     """
     return _control_tokens(processor, len(processor.tokenizer))
 
 
 @functools.lru_cache(maxsize=_CACHED)
 def _control_tokens(processor: Any, vocabulary: int) -> ControlTokens:
-    image = getattr(processor, "image_token", None)
-    if not image:
-        name = type(processor).__name__
-        raise ModelError(f"{name} has no picture token (`image_token`); expected a multimodal processor")
+    media = {modality: text for modality in MODALITIES if (text := getattr(processor, f"{modality}_token", None))}
+    if not media:
+        raise ModelError(
+            f"{type(processor).__name__} has no picture token (`image_token`), nor one for video or audio; expected a "
+            "multimodal processor"
+        )
     added = processor.tokenizer.added_tokens_decoder
     texts = {token.content for token in added.values() if token.special}
-    texts.update(processor.tokenizer.all_special_tokens, [image])
+    texts.update(processor.tokenizer.all_special_tokens, media.values())
     ids = {identifier for identifier, token in added.items() if token.special}
     ids.update(processor.tokenizer.all_special_ids)
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return ControlTokens(
         ids=frozenset(ids),
         pattern=re.compile("|".join(map(re.escape, longest_first))),
-        image=image,
-        image_id=processor.tokenizer.convert_tokens_to_ids(image),
+        media=media,
+        media_ids={modality: processor.tokenizer.convert_tokens_to_ids(text) for modality, text in media.items()},
+        media_pattern=re.compile("|".join(f"(?P<{name}>{re.escape(text)})" for name, text in media.items())),
     )
 
 
@@ -76,7 +86,7 @@ def check_texts(processor: Any, turns: Sequence[Turn]) -> None:
     """
     pattern = control_tokens(processor).pattern
     for number, turn in enumerate(turns):
-        for piece in turn.text.split(IMAGE_PLACEHOLDER):
+        for piece in _PLACEHOLDER.sub("\0", turn.text).split("\0"):
             if found := pattern.search(piece):
                 token = found.group()
                 raise DataError(
@@ -87,7 +97,7 @@ def check_texts(processor: Any, turns: Sequence[Turn]) -> None:
 
 
 def render_chat(processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
-    r"""The conversation as the processor's chat template writes it, one picture token a picture.
+    r"""The conversation as the processor's chat template writes it, one token a picture, video or recording.
 
     A newline of the data file after `<image>` is left out where the template itself writes one after a picture
     (LLaVA 1.5's does), so that `<image>\nWhat is it?` becomes what the model was trained on.
@@ -96,33 +106,48 @@ def render_chat(processor: Any, turns: Sequence[Turn], *, add_generation_prompt:
         DataError: the template refuses these turns, or writes a list of content as Python text.
         ModelError: the processor has no chat template.
     """
-    newline = IMAGE_PLACEHOLDER in "".join(turn.text for turn in turns) and _newline_after_picture(
-        processor, str(getattr(processor, "chat_template", None))
-    )
+    template = _own_template(processor)
+    used = {str(found.lastgroup) for turn in turns for found in _PLACEHOLDER.finditer(turn.text)}
+    lacking = sorted(name for name in used if name not in control_tokens(processor).media)
+    if lacking:
+        raise DataError(
+            f"the sample has {' and '.join(lacking)}, which {type(processor).__name__} does not take; leave it out, or "
+            "choose a model that does"
+        )
+    newline = frozenset(name for name in used if _newline_after(processor, template, name))
     return _render(processor, [_message(turn, newline) for turn in turns], add_generation_prompt)
 
 
-def _message(turn: Turn, newline: bool) -> dict[str, Any]:
+def _own_template(processor: Any) -> str:
+    return str(getattr(processor, "chat_template", None))
+
+
+def _message(turn: Turn, newline: frozenset[str]) -> dict[str, Any]:
+    """A turn as a chat template takes it: its text cut at the placeholders."""
     items: list[dict[str, str]] = []
-    for number, piece in enumerate(turn.text.split(IMAGE_PLACEHOLDER)):
-        if number:
-            items.append({"type": "image"})
-            piece = piece.removeprefix("\n") if newline else piece
+    position, drop = 0, False
+    for found in (*_PLACEHOLDER.finditer(turn.text), None):
+        piece = turn.text[position : found.start() if found else len(turn.text)]
+        piece = piece.removeprefix("\n") if drop else piece
         if piece:
             items.append({"type": "text", "text": piece})
+        if found:
+            items.append({"type": str(found.lastgroup)})
+            position, drop = found.end(), found.lastgroup in newline
     return {"role": turn.role, "content": items}
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _newline_after_picture(processor: Any, template: str) -> bool:
+def _newline_after(processor: Any, template: str, modality: str) -> bool:
     # `template` is there for the cache: a processor whose template was changed is asked again.
-    probe = Turn(role="user", text=f"{IMAGE_PLACEHOLDER}x")
-    text = _render(processor, [_message(probe, False)], False)
-    return f"{processor.image_token}\n" in text
+    probe = Turn(role="user", text=f"<{modality}>x")
+    text = _render(processor, [_message(probe, frozenset())], False)
+    token = next(token for name, token in control_tokens(processor).media.items() if name == modality)
+    return f"{token}\n" in text
 
 
 def _render(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    template = None if getattr(processor, "chat_template", None) else processor.tokenizer.chat_template
+    template = None if getattr(processor, "chat_template", None) else _fallback_template(processor)
     if template is None and not getattr(processor, "chat_template", None):
         raise ModelError("the processor has no chat template; set processor.chat_template, or give one in the recipe")
     try:
@@ -136,6 +161,12 @@ def _render(processor: Any, messages: list[dict[str, Any]], add_generation_promp
     ):
         raise DataError(f"the chat template writes a message's content as a Python list; {_NEEDED}")
     return text
+
+
+def _fallback_template(processor: Any) -> str | None:
+    """The template of a processor that has none: its tokenizer's, or the one that the family is known by."""
+    spec = family_of_processor(processor)
+    return processor.tokenizer.chat_template or (spec.chat_template if spec else None)
 
 
 _NEEDED = "it must take messages whose content is a list of {'type': 'image'} and {'type': 'text', 'text': …}"

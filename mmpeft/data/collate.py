@@ -9,11 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 
+TEXT_ALIGNED = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""Keys of a sample beside `input_ids` and `labels` that hold one number a token."""
+
 
 class MultimodalCollator:
     """A `data_collator` for `transformers.Trainer` and `mmpeft.MultimodalTrainer`.
 
-    Rows are padded on the right; pictures of all samples stand in one tensor, in order:
+    Rows are padded on the right; media of all samples stand in one tensor a key, in order:
 
         input_ids       [rows, columns]     a b p p c d - -     labels  . . . . c d . .
                                             e f g h i - - -             . . . h i . . .
@@ -52,8 +55,9 @@ class MultimodalCollator:
             "attention_mask": (torch.arange(labels.shape[1]) < lengths[:, None]).long(),
             "labels": labels,
         }
-        for key in sorted({key for sample in samples for key in sample} - {"input_ids", "labels"}):
-            batch[key] = torch.cat([torch.as_tensor(sample[key]) for sample in samples if key in sample])
+        for key in sorted({key for sample in samples for key in sample} & TEXT_ALIGNED):
+            batch[key] = self._pad([torch.as_tensor(sample[key]) for sample in samples], 0)
+        batch |= join_media(samples)
         if self.supervised_only:
             batch |= keep_supervised(labels)
         return batch
@@ -62,6 +66,30 @@ class MultimodalCollator:
         padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
         short = -padded.shape[1] % (self.pad_to_multiple_of or 1)
         return torch.nn.functional.pad(padded, (0, short), value=value)
+
+
+def join_media(samples: Sequence[Mapping[str, Any]]) -> Encoded:
+    """The media tensors of all samples, one behind the other in the first dimension.
+
+    Where they differ in another (tiles a picture, frames of sound) the smaller ones are filled up with zeros,
+    which the models that make such tensors tell by a mask, by picture sizes, or by being all zero:
+
+        [1, 5, 3, 16, 16] and [2, 3, 3, 16, 16]   ->   [3, 5, 3, 16, 16]
+    """
+    joined = {}
+    names = {key for sample in samples for key in sample} - TEXT_ALIGNED - {"input_ids", "labels"}
+    for key in sorted(names):
+        tensors = [torch.as_tensor(sample[key]) for sample in samples if key in sample]
+        largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        joined[key] = torch.cat([_filled(tensor, largest) for tensor in tensors])
+    return joined
+
+
+def _filled(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    if list(tensor.shape[1:]) == list(sizes):
+        return tensor
+    short = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+    return torch.nn.functional.pad(tensor, [amount for end in reversed(short) for amount in (0, end)])
 
 
 def keep_supervised(labels: torch.Tensor) -> Encoded:

@@ -15,7 +15,7 @@ from mmpeft.data.encode import Encoded, encode_sample
 from mmpeft.data.media import MAX_IMAGE_PIXELS, load_image
 from mmpeft.data.pictures import Verify
 from mmpeft.data.problems import LISTED, Problem, problems_error
-from mmpeft.data.types import IMAGE_PLACEHOLDER, Question, Sample, SkippedSample
+from mmpeft.data.types import PLACEHOLDERS, Media, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class MultimodalDataset(Dataset[Encoded]):
                 load_image(name, root=self.media_root, max_image_pixels=self._max_image_pixels)
                 for name in sample.images
             ]
-            return encode_sample(self._processor, sample, images, self._max_length)
+            return encode_sample(self._processor, sample, Media(images=images), self._max_length)
         except DataError as error:
             problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
             raise DataError(problem.located(self.path)) from error
@@ -96,12 +96,17 @@ def questions_of(sample: Sample) -> list[Question]:
     questions = []
     for count, number in enumerate(answers, start=1):
         prompt = sample.turns[:number]
-        shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in prompt)
+        shown = {
+            modality: sum(turn.text.count(placeholder) for turn in prompt)
+            for modality, placeholder in PLACEHOLDERS.items()
+        }
         questions.append(
             Question(
                 id=f"{sample.id}#{count}" if len(answers) > 1 else sample.id,
                 prompt=prompt,
-                images=sample.images[:shown],
+                images=sample.images[: shown["image"]],
+                videos=sample.videos[: shown["video"]],
+                audios=sample.audios[: shown["audio"]],
                 reference=sample.turns[number].text,
                 kind=sample.kind,
             )

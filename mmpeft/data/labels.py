@@ -9,23 +9,29 @@ what the template writes behind (a newline). Where the template writes no end to
 token, labelled, so that the model learns to stop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from mmpeft.core.errors import DataError, ModelError
-from mmpeft.core.types import IGNORE_INDEX
-from mmpeft.data.chat import assistant_spans, check_texts, control_tokens
+from mmpeft.core.types import IGNORE_INDEX, Modality
+from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_chat
 from mmpeft.data.types import Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTokens:
-    """Token ids with one picture token a picture, and their labels (`IGNORE_INDEX` where none), of equal length."""
+    """Token ids and their labels.
+
+    Attributes:
+        input_ids, labels: of equal length; `IGNORE_INDEX` where nothing is learned.
+        media: tokens [start, end) of each medium, in order.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    media: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -42,28 +48,124 @@ def starts_with_bos(processor: Any, text: str) -> bool:
     return bool(bos) and text.startswith(bos)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A conversation's text.
+
+    Attributes:
+        text: as the chat template writes it, each medium as its token or as what replaces it.
+        spans: characters [start, end) of each assistant turn.
+        media: characters [start, end) of each medium.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    media: tuple[tuple[int, int], ...]
+
+
+def conversation_of(processor: Any, turns: Sequence[Turn]) -> Conversation:
+    """The text of a conversation with its answers, every medium as the one token that marks it.
+
+    Raises:
+        DataError: a control token in a text, or a chat template that does not fit (see `chat`).
+    """
+    check_texts(processor, turns)
+    text, spans = assistant_spans(processor, turns)
+    return Conversation(text=text, spans=tuple(spans), media=media_spans(processor, text))
+
+
+def prompt_of(processor: Any, turns: Sequence[Turn]) -> Conversation:
+    """The text before an answer, as at inference.
+
+    Raises:
+        DataError: as `conversation_of`.
+    """
+    check_texts(processor, turns)
+    text = render_chat(processor, turns, add_generation_prompt=True)
+    return Conversation(text=text, spans=(), media=media_spans(processor, text))
+
+
+def media_spans(processor: Any, text: str) -> tuple[tuple[int, int], ...]:
+    """Where media tokens stand in a text."""
+    return tuple(found.span() for found in control_tokens(processor).media_pattern.finditer(text))
+
+
+def expanded(conversation: Conversation, replacements: Sequence[str]) -> Conversation:
+    """The conversation with each medium's token replaced by the text of all of its tokens.
+
+    <image> What is it?   ->   <image><image><image><image> What is it?
+    """
+    pieces: list[str] = []
+    media: list[tuple[int, int]] = []
+    shifts: list[tuple[int, int]] = [(0, 0)]
+    position = length = 0
+    for (start, end), text in zip(conversation.media, replacements, strict=True):
+        pieces += [conversation.text[position:start], text]
+        begin = length + start - position
+        length = begin + len(text)
+        media.append((begin, length))
+        position = end
+        shifts.append((end, length - end))
+    text = "".join([*pieces, conversation.text[position:]])
+
+    def moved(place: int) -> int:
+        return place + next(shift for from_, shift in reversed(shifts) if from_ <= place)
+
+    spans = tuple((moved(start), moved(end)) for start, end in conversation.spans)
+    return Conversation(text=text, spans=spans, media=tuple(media))
+
+
 def label_turns(processor: Any, turns: Sequence[Turn]) -> LabelledTokens:
+    """The tokens of a conversation and their labels, one token a medium.
+
+    Raises:
+        DataError, ModelError: as `conversation_of` and `label_conversation`.
+    """
+    return label_conversation(processor, conversation_of(processor, turns), answers_of(turns))
+
+
+def answers_of(turns: Sequence[Turn]) -> list[str]:
+    """The texts of the assistant's turns."""
+    return [turn.text for turn in turns if turn.role == "assistant"]
+
+
+def label_conversation(processor: Any, conversation: Conversation, answers: Sequence[str]) -> LabelledTokens:
     """The tokens of a conversation and their labels.
 
     The prompt before each answer is tokenised as at inference: where a template's last character would fuse with
     the answer's first into one token, the text is tokenised in two pieces there.
 
     Raises:
-        DataError: a control token in a text, or a chat template that does not fit (see `chat`).
         ModelError: a tokenizer without offsets, or one without an end-of-sequence token where it is needed.
     """
-    check_texts(processor, turns)
-    text, spans = assistant_spans(processor, turns)
+    text, spans = conversation.text, conversation.spans
     tokens, begins = _tokenise_spans(processor, text, spans)
     labels = [IGNORE_INDEX] * len(tokens.ids)
-    answers = [turn.text for turn in turns if turn.role == "assistant"]
     for number, (begin, span, answer) in enumerate(zip(begins, spans, answers, strict=True)):
         stop, ended = _stop(processor, tokens, text, begin, span, answer)
         labels[begin:stop] = tokens.ids[begin:stop]
         if number + 1 == len(spans) and not ended:
             eos = _eos(processor)
             tokens.ids, labels = [*tokens.ids[:stop], eos], [*labels[:stop], eos]
-    return LabelledTokens(input_ids=tokens.ids, labels=labels)
+    return LabelledTokens(input_ids=tokens.ids, labels=labels, media=_tokens_of(tokens, conversation.media))
+
+
+def prompt_tokens(processor: Any, prompt: Conversation) -> list[int]:
+    """The ids of a prompt, tokenised as `label_conversation` tokenises what stands before an answer."""
+    return _tokenise(processor, prompt.text, []).ids
+
+
+def _tokens_of(tokens: _Tokens, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The tokens [start, end) that hold the characters of each span; a token across its bound counts as inside."""
+    found, index = [], 0
+    for start, end in spans:
+        while index < len(tokens.offsets) and tokens.offsets[index][1] <= start:
+            index += 1
+        first = index
+        while index < len(tokens.offsets) and tokens.offsets[index][0] < end:
+            index += 1
+        found.append((first, index))
+    return tuple(found)
 
 
 def _tokenise_spans(processor: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[_Tokens, list[int]]:
@@ -136,15 +238,17 @@ def _eos(processor: Any) -> int:
     return eos
 
 
-def count_pictures(processor: Any, tokens: LabelledTokens, pictures: int) -> None:
-    """Make sure that the text holds one picture token a picture.
+def count_media(processor: Any, conversation: Conversation, counts: Mapping[Modality, int]) -> None:
+    """Make sure that the text holds one token a medium.
 
     Raises:
-        DataError: the chat template dropped or doubled a picture.
+        DataError: the chat template dropped or doubled a medium.
     """
-    found = tokens.input_ids.count(control_tokens(processor).image_id)
-    if found != pictures:
-        raise DataError(
-            f"the chat template writes {found} picture tokens for {pictures} pictures; use one that writes "
-            f"{control_tokens(processor).image!r} for each item {{'type': 'image'}}"
-        )
+    media = control_tokens(processor).media
+    for modality, token in media.items():
+        found = sum(conversation.text[start:end] == token for start, end in conversation.media)
+        if found != counts.get(modality, 0):
+            raise DataError(
+                f"the chat template writes {found} {modality} tokens for {counts.get(modality, 0)} in the sample; use "
+                f"one that writes {token!r} for each item {{'type': {modality!r}}}"
+            )

@@ -94,10 +94,6 @@ class Media:
     videos: Sequence[Video] = ()
     audios: Sequence[Audio] = ()
 
-    def of(self, modality: Modality) -> Sequence[Image.Image] | Sequence[Video] | Sequence[Audio]:
-        """The media of one modality."""
-        return {"image": self.images, "video": self.videos, "audio": self.audios}[modality]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Question:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.chat import check_texts, control_tokens, render_chat
-from mmpeft.data.encode import lay_out, picture_length
+from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.data.chat import check_texts, render_chat
+from mmpeft.data.encode import cut_before_media
+from mmpeft.data.expand import picture_length
 from mmpeft.data.formats import Row
-from mmpeft.data.labels import count_pictures, label_turns
+from mmpeft.data.labels import LabelledTokens, answers_of, conversation_of, count_media, label_conversation
 from mmpeft.data.pictures import Picture, Verify, read_picture, with_pictures
 from mmpeft.data.problems import Problem
-from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
+from mmpeft.data.types import PLACEHOLDERS, Sample
 
 
 @dataclass(kw_only=True)
@@ -77,26 +79,29 @@ class _Texts:
 
     def __init__(self, processor: Any, max_length: int | None) -> None:
         self.processor, self.max_length = processor, max_length
-        self.good_shapes: set[tuple[tuple[str, int], ...]] = set()
+        self.good_shapes: set[tuple[tuple[str | int, ...], ...]] = set()
         # A normaliser may lengthen a text; without one no token is shorter than a byte.
         self.bytes_bound_tokens = processor.tokenizer.backend_tokenizer.normalizer is None
 
     def check(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> bool:
         """Whether the sample is longer than `max_length`; a DataError if it cannot be used."""
         check_texts(self.processor, sample.turns)
-        shape = tuple((turn.role, turn.text.count(IMAGE_PLACEHOLDER)) for turn in sample.turns)
+        shape = tuple(
+            (turn.role, *(turn.text.count(placeholder) for placeholder in PLACEHOLDERS.values()))
+            for turn in sample.turns
+        )
         lengths = [picture_length(self.processor, size) for size in sizes] if self.max_length else []
         if shape in self.good_shapes and self._surely_fits(sample, lengths):
             return False
-        tokens = label_turns(self.processor, sample.turns)
-        count_pictures(self.processor, tokens, len(sample.images))
+        conversation = conversation_of(self.processor, sample.turns)
+        count_media(self.processor, conversation, {name: len(paths) for name, paths in sample.media.items()})
+        tokens = label_conversation(self.processor, conversation, answers_of(sample.turns))
         self.good_shapes.add(shape)
         if self.max_length is None:
             return False
-        image_id = control_tokens(self.processor).image_id
-        runs = [[image_id] * length for length in lengths]
-        layout = lay_out(tokens, runs, image_id=image_id, max_length=self.max_length)
-        return layout.length > self.max_length
+        tokens = _stretched(tokens, lengths)
+        cut_before_media(tokens, self.max_length)
+        return len(tokens.input_ids) > self.max_length
 
     def _surely_fits(self, sample: Sample, lengths: Sequence[int]) -> bool:
         if self.max_length is None:
@@ -104,3 +109,19 @@ class _Texts:
         text = render_chat(self.processor, sample.turns, add_generation_prompt=False)
         added = 2  # a beginning and an end token that the text does not hold
         return self.bytes_bound_tokens and len(text.encode()) + added + sum(lengths) <= self.max_length
+
+
+def _stretched(tokens: LabelledTokens, lengths: Sequence[int]) -> LabelledTokens:
+    """The tokens as they are once every medium takes as many as `lengths` says."""
+    ids: list[int] = []
+    labels: list[int] = []
+    media: list[tuple[int, int]] = []
+    position = 0
+    for (start, end), length in zip(tokens.media, lengths, strict=True):
+        ids += [*tokens.input_ids[position:start], *[tokens.input_ids[start]] * length]
+        labels += [*tokens.labels[position:start], *[IGNORE_INDEX] * length]
+        media.append((len(ids) - length, len(ids)))
+        position = end
+    return LabelledTokens(
+        input_ids=ids + tokens.input_ids[position:], labels=labels + tokens.labels[position:], media=tuple(media)
+    )

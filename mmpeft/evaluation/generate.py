@@ -11,12 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.chat import check_texts, control_tokens
-from mmpeft.data.encode import Encoded, picture_length, render_chat, starts_with_bos
+from mmpeft.data.chat import control_tokens, render_chat
+from mmpeft.data.collate import TEXT_ALIGNED, join_media
+from mmpeft.data.encode import Encoded, encode_prompt
+from mmpeft.data.expand import picture_length
 from mmpeft.data.media import check_image, is_url, load_image, to_rgb
-from mmpeft.data.types import IMAGE_PLACEHOLDER, Question, Turn
-
-_TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+from mmpeft.data.types import IMAGE_PLACEHOLDER, Media, Question, Turn
 
 
 def answer_questions(
@@ -82,7 +82,7 @@ def answer(
         )
     text = prompt if marks else IMAGE_PLACEHOLDER * len(images) + prompt
     pictures = [_picture(image) for image in images]
-    row = encode_prompt(processor, [Turn(role="user", text=text)], pictures)
+    row = encode_prompt(processor, [Turn(role="user", text=text)], Media(images=pictures))
     return _generate(model, processor, [row], max_new_tokens)[0]
 
 
@@ -106,7 +106,7 @@ def _length(processor: Any, question: Question, media_root: Path) -> int:
 def _encode_question(processor: Any, question: Question, media_root: Path) -> Encoded:
     with _naming(question):
         pictures = [load_image(name, root=media_root) for name in question.images]
-        return encode_prompt(processor, question.prompt, pictures)
+        return encode_prompt(processor, question.prompt, Media(images=pictures))
 
 
 @contextlib.contextmanager
@@ -115,30 +115,6 @@ def _naming(question: Question) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"question {question.id!r}: {error}") from error
-
-
-def encode_prompt(processor: Any, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Encoded:
-    """A prompt as the model's forward takes it, tokenised as training sees it (`data.labels.label_turns`).
-
-    Returns:
-        `input_ids` LongTensor [sequence]; with pictures, `pixel_values` [pictures, 3, height, width] and whatever
-        else the processor makes of them.
-
-    Raises:
-        DataError: a text that holds a control token, or turns that the chat template refuses.
-    """
-    check_texts(processor, turns)
-    text = render_chat(processor, turns, add_generation_prompt=True)
-    pictures = {"images": [list(images)]} if images else {}
-    found = processor(text=[text], add_special_tokens=not starts_with_bos(processor, text), **pictures)
-    ids = list(found["input_ids"][0])
-    # A tokenizer that closes every text with an end token of its own would close the prompt, too.
-    eos, closed = processor.tokenizer.eos_token_id, text.endswith(processor.tokenizer.eos_token or "\0")
-    while ids and ids[-1] == eos and not closed:
-        ids.pop()
-    media = {key: value for key, value in found.items() if key not in _TEXT_KEYS}
-    stacked = {key: torch.stack([torch.as_tensor(item) for item in value]) for key, value in media.items()}
-    return {"input_ids": torch.tensor(ids), **stacked}
 
 
 def end_tokens(model: Any, processor: Any) -> list[int]:
@@ -179,8 +155,10 @@ def _generate(model: Any, processor: Any, rows: Sequence[Encoded], max_new_token
         "input_ids": ids,
         "attention_mask": (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long(),
     }
-    for key in sorted({key for row in rows for key in row} - {"input_ids"}):
-        batch[key] = torch.cat([row[key] for row in rows if key in row])
+    for key in sorted({key for row in rows for key in row} & TEXT_ALIGNED):
+        values = [row[key] for row in rows]
+        batch[key] = pad_sequence(values, batch_first=True, padding_side="left")
+    batch |= join_media(rows)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -21,3 +21,9 @@ def family_of(model: Any) -> FamilySpec:
             return spec
     known = ", ".join(name for spec in FAMILIES for name in spec.model_types)
     raise ModelError(f"model type {model_type!r} is not supported; supported model types: {known}")
+
+
+def family_of_processor(processor: Any) -> FamilySpec | None:
+    """The family that a processor's class belongs to; None where none names it."""
+    name = type(processor).__name__
+    return next((spec for spec in FAMILIES if name in spec.processors), None)

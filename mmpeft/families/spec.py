@@ -58,6 +58,7 @@ class FamilySpec:
         parts: for each part, the module paths that hold it, as `model.named_modules()` prints them; where one
             path lies inside another (`visual.merger` in `visual`), the longer one counts.
         projector_leaves: names the projector's trainable leaf modules in a given model.
+        processors: names of the processor classes by which data knows the family, where that matters to it.
         modalities: what the model takes beside text.
         chat_template: Jinja template for processors of the family that come without one.
         token_types: how `token_type_ids` are made, where the forward wants them.
@@ -70,6 +71,7 @@ class FamilySpec:
     model_types: tuple[str, ...]
     parts: Mapping[Part, tuple[str, ...]]
     projector_leaves: Callable[[nn.Module, "FamilySpec"], list[str]] = all_projector_leaves
+    processors: tuple[str, ...] = ()
     modalities: tuple[Modality, ...] = ("image",)
     chat_template: str | None = None
     token_types: TokenTypes | None = None

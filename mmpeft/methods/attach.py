@@ -200,6 +200,5 @@ def _check_trainable(peft_model: PeftModel, parts: Mapping[Part, PartTraining]) 
     for part, training in parts.items():
         if training != "frozen" and part not in reached:
             names = sorted({re.sub(r"\.\d+\.", ".N.", name) for name, _ in peft_model.get_base_model().named_modules()})
-            raise RecipeError(
-                f"train.{part}: PEFT matched no parameter of this part{did_you_mean(next(iter(spec.parts.get(part, ())), part), names)}"
-            )
+            path = next(iter(spec.parts.get(part, ())), part)
+            raise RecipeError(f"train.{part}: PEFT matched no parameter of this part{did_you_mean(path, names)}")

@@ -7,7 +7,7 @@ from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.collate import MultimodalCollator, keep_supervised
 from mmpeft.data.encode import encode_sample
 from tests.data.test_chat import conversation
-from tests.data.test_encode import pictures_of, sample_of
+from tests.data.test_encode import media_of, sample_of
 
 CONVERSATIONS = (
     ("<image>\nWhich colour?", "red"),
@@ -22,7 +22,7 @@ def encoded(processor):
         encode_sample(
             processor,
             sample_of(conversation(*texts), texts[0].count("<image>")),
-            pictures_of(texts[0].count("<image>")),
+            media_of(texts[0].count("<image>")),
         )
         for texts in CONVERSATIONS
     ]

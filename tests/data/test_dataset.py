@@ -222,7 +222,7 @@ def test_a_template_that_fails_is_found_before_training(path, processor):
 
 def test_a_template_that_drops_pictures_is_found_before_training(path, processor):
     processor.chat_template = PICTURELESS
-    with pytest.raises(DataError, match="writes 0 picture tokens for 1 pictures"):
+    with pytest.raises(DataError, match="writes 0 image tokens for 1 in the sample"):
         load_dataset(path, processor=processor)
 
 

@@ -8,11 +8,12 @@ from PIL import Image
 
 from mmpeft.core.errors import DataError, ModelError
 from mmpeft.core.types import IGNORE_INDEX
-from mmpeft.data import encode
+from mmpeft.data import expand
 from mmpeft.data.chat import render_chat
-from mmpeft.data.encode import encode_sample, lay_out, picture_length
+from mmpeft.data.encode import cut_before_media, encode_sample
+from mmpeft.data.expand import picture_length
 from mmpeft.data.labels import LabelledTokens
-from mmpeft.data.types import Sample, Turn
+from mmpeft.data.types import Media, Sample, Turn
 from tests.data.files import COLOURS
 from tests.data.test_chat import conversation
 from tests.tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
@@ -29,11 +30,15 @@ def pictures_of(count):
     return [Image.new("RGB", (20, 30), COLOURS[number]) for number in range(count)]
 
 
+def media_of(count):
+    return Media(images=pictures_of(count))
+
+
 @pytest.mark.parametrize("text", ["q", "<image>\nq", "<image><image>q", "a <image> b <image>\n<image>c"])
 def test_ids_and_pixels_are_those_of_the_processor_itself(text):
     count = text.count("<image>")
     turns = conversation(text, "红色 red", "and?", "two")
-    found = encode_sample(PROCESSOR, sample_of(turns, count), pictures_of(count))
+    found = encode_sample(PROCESSOR, sample_of(turns, count), media_of(count))
     whole = PROCESSOR(
         text=render_chat(PROCESSOR, turns, add_generation_prompt=False),
         images=pictures_of(count) or None,
@@ -50,7 +55,7 @@ def test_ids_and_pixels_are_those_of_the_processor_itself(text):
 
 
 def test_only_keys_of_the_models_forward_come_out():
-    found = encode_sample(PROCESSOR, sample_of(conversation("<image>q", "a"), 1), pictures_of(1))
+    found = encode_sample(PROCESSOR, sample_of(conversation("<image>q", "a"), 1), media_of(1))
     assert set(found) <= set(inspect.signature(tiny_llava().forward).parameters)
 
 
@@ -64,26 +69,20 @@ def cut_case(draw):
 @given(cut_case())
 def test_a_cut_keeps_a_longest_prefix_that_splits_no_picture(case):
     kinds, lengths, limit = case
-    ids = [PICTURE if kind == "p" else 1 for kind in kinds]
-    labels = [1 if kind == "a" else IGNORE_INDEX for kind in kinds]
-    runs = [[PICTURE] * length for length in lengths]
-    tokens = LabelledTokens(input_ids=ids, labels=labels)
-    remaining = iter(runs)
-    pieces = [next(remaining) if identifier == PICTURE else [identifier] for identifier in ids]
-    kept, total = 0, 0
-    while kept < len(pieces) and total + len(pieces[kept]) <= limit:
-        total += len(pieces[kept])
+    remaining = iter(lengths)
+    pieces = [next(remaining) if kind == "p" else 1 for kind in kinds]
+    starts = [sum(pieces[:number]) for number in range(len(pieces))]
+    labels = [1 if kind == "a" else IGNORE_INDEX for kind, size in zip(kinds, pieces, strict=True) for _ in range(size)]
+    media = [(start, start + size) for start, size, kind in zip(starts, pieces, kinds, strict=True) if kind == "p"]
+    tokens = LabelledTokens(input_ids=[PICTURE] * len(labels), labels=labels, media=tuple(media))
+    kept = 0
+    while kept < len(pieces) and sum(pieces[: kept + 1]) <= limit:
         kept += 1
     if "a" not in kinds[:kept]:
         with pytest.raises(DataError, match=f"after the cut to max_length {limit}; raise max_length"):
-            lay_out(tokens, runs, image_id=PICTURE, max_length=limit)
+            cut_before_media(tokens, limit)
         return
-    found = lay_out(tokens, runs, image_id=PICTURE, max_length=limit)
-    assert found.input_ids == [token for piece in pieces[:kept] for token in piece]
-    assert found.pictures == kinds[:kept].count("p")
-    assert found.length == sum(map(len, pieces))
-    assert len(found.labels) == len(found.input_ids)
-    assert sum(label != IGNORE_INDEX for label in found.labels) == kinds[:kept].count("a")
+    assert cut_before_media(tokens, limit) == sum(pieces[:kept])
 
 
 @settings(max_examples=40, deadline=None)
@@ -95,9 +94,9 @@ def test_a_truncated_sample_still_goes_through_the_model(limit):
     )
     if limit <= before_the_answer + IMAGE_TOKENS - 1:
         with pytest.raises(DataError, match="no answer token is left"):
-            encode_sample(PROCESSOR, sample_of(turns, 2), pictures_of(2), max_length=limit)
+            encode_sample(PROCESSOR, sample_of(turns, 2), media_of(2), max_length=limit)
         return
-    found = encode_sample(PROCESSOR, sample_of(turns, 2), pictures_of(2), max_length=limit)
+    found = encode_sample(PROCESSOR, sample_of(turns, 2), media_of(2), max_length=limit)
     assert len(found["input_ids"]) <= limit
     runs = (found["input_ids"] == PROCESSOR.image_token_id).sum().item()
     assert runs == IMAGE_TOKENS * len(found.get("pixel_values", ()))
@@ -105,10 +104,10 @@ def test_a_truncated_sample_still_goes_through_the_model(limit):
 
 def test_a_picture_behind_the_cut_goes_with_its_pixels():
     turns = conversation("q", "a", "<image>r", "b")
-    whole = encode_sample(PROCESSOR, sample_of(turns, 1), pictures_of(1))
+    whole = encode_sample(PROCESSOR, sample_of(turns, 1), media_of(1))
     first = (whole["input_ids"] == PROCESSOR.image_token_id).nonzero()[0].item()
     for inside in range(IMAGE_TOKENS):
-        cut = encode_sample(PROCESSOR, sample_of(turns, 1), pictures_of(1), max_length=first + inside)
+        cut = encode_sample(PROCESSOR, sample_of(turns, 1), media_of(1), max_length=first + inside)
         assert len(cut["input_ids"]) == first
         assert "pixel_values" not in cut
 
@@ -116,12 +115,12 @@ def test_a_picture_behind_the_cut_goes_with_its_pixels():
 def test_forged_pictures_are_refused():
     sample = sample_of([Turn(role="user", text="q"), Turn(role="assistant", text="<|pad|>")], 0)
     with pytest.raises(DataError, match=r"holds '<\|pad\|>'"):
-        encode_sample(PROCESSOR, sample, [])
+        encode_sample(PROCESSOR, sample, Media())
 
 
 def test_pictures_and_placeholders_must_agree():
-    with pytest.raises(DataError, match="writes 1 picture tokens for 2 pictures"):
-        encode_sample(PROCESSOR, sample_of(conversation("<image>q", "a"), 2), pictures_of(2))
+    with pytest.raises(DataError, match="writes 1 image tokens for 2 in the sample"):
+        encode_sample(PROCESSOR, sample_of(conversation("<image>q", "a"), 2), media_of(2))
 
 
 def test_the_length_of_a_picture_is_known_without_its_pixels():
@@ -129,19 +128,30 @@ def test_the_length_of_a_picture_is_known_without_its_pixels():
 
 
 def test_the_length_of_a_picture_may_depend_on_its_size(monkeypatch):
-    monkeypatch.setattr(encode, "_expand", lambda processor, images: ([[PICTURE] * (1 + (images[0].width > 100))], {}))
+    monkeypatch.setattr(expand, "_length", lambda processor, modality, media: 1 + (media.images[0].width > 100))
     assert [picture_length(tiny_processor(), size) for size in ((50, 50), (200, 50))] == [1, 2]
 
 
-def test_output_that_cannot_be_told_apart_by_picture_is_named(monkeypatch):
+def test_a_processor_that_does_not_say_what_it_writes_is_named(monkeypatch):
     processor = tiny_processor()
     whole = type(processor).__call__
 
-    def patched(self, *arguments, **options):
+    def silent(self, *arguments, **options):
         found = whole(self, *arguments, **options)
-        found["pixel_values"] = found["pixel_values"][:1] * 5
+        found.pop("text_replacement_offsets", None)
         return found
 
-    monkeypatch.setattr(type(processor), "__call__", patched)
-    with pytest.raises(ModelError, match="gives 5 `pixel_values` for 2 pictures"):
-        encode_sample(processor, sample_of(conversation("<image><image>q", "a"), 2), pictures_of(2))
+    monkeypatch.setattr(type(processor), "__call__", silent)
+    with pytest.raises(ModelError, match="does not say what it writes in the place of a medium"):
+        encode_sample(processor, sample_of(conversation("<image><image>q", "a"), 2), media_of(2))
+
+
+def test_what_a_processor_refuses_is_said(monkeypatch):
+    processor = tiny_processor()
+
+    def refuse(self, *arguments, **options):
+        raise ValueError("absolute aspect ratio must be smaller than 200")
+
+    monkeypatch.setattr(type(processor), "__call__", refuse)
+    with pytest.raises(DataError, match="LlavaProcessor refuses its media: absolute aspect ratio"):
+        encode_sample(processor, sample_of(conversation("<image>q", "a"), 1), media_of(1))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mmpeft.core.errors import DataError, ModelError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.chat import assistant_spans
-from mmpeft.data.labels import count_pictures, label_turns
+from mmpeft.data.labels import conversation_of, count_media, label_turns
 from mmpeft.data.types import Turn
 from tests.data import templates
 from tests.data.templates import merging_processor, processor_with, sentencepiece_processor
@@ -193,6 +193,6 @@ def test_without_any_end_token_the_model_could_not_stop():
 
 def test_a_template_that_drops_pictures_is_named():
     processor = processor_with(templates.PICTURELESS)
-    tokens = label_turns(processor, conversation("<image><image>q", "a"))
-    with pytest.raises(DataError, match="writes 0 picture tokens for 2 pictures"):
-        count_pictures(processor, tokens, 2)
+    found = conversation_of(processor, conversation("<image><image>q", "a"))
+    with pytest.raises(DataError, match="writes 0 image tokens for 2 in the sample"):
+        count_media(processor, found, {"image": 2})

@@ -8,9 +8,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.types import Question, Turn
+from mmpeft.data.encode import encode_prompt
+from mmpeft.data.types import Media, Question, Turn
 from mmpeft.evaluation import generate
-from mmpeft.evaluation.generate import answer, answer_questions, encode_prompt, end_tokens
+from mmpeft.evaluation.generate import answer, answer_questions, end_tokens
 from tests.tiny import IMAGE_TOKENS, tiny_llava, tiny_processor, tiny_tokenizer
 
 TEXTS = ["What?", "Which digit is written here?", "这是什么数字", "Odd or even", "Why, and since when, and by whom?"]
@@ -171,11 +172,11 @@ def test_a_template_without_an_end_token_leaves_the_tokenizers(llava, processor)
 
 def test_a_prompt_is_encoded_as_training_sees_it(processor):
     image = Image.new("RGB", (16, 16), "red")
-    encoded = encode_prompt(processor, ask("Hi", "a.png"), [image])
+    encoded = encode_prompt(processor, ask("Hi", "a.png"), Media(images=[image]))
     text = processor.tokenizer.decode(encoded["input_ids"])
     assert text == f"<|im_start|>user\n{'<image>' * IMAGE_TOKENS}Hi<|im_end|>\n<|im_start|>assistant\n"
     assert encoded["pixel_values"].shape == (1, 3, 16, 16)
-    assert set(encode_prompt(processor, ask("Hi"), [])) == {"input_ids"}
+    assert set(encode_prompt(processor, ask("Hi"), Media())) == {"input_ids"}
 
 
 def test_two_pictures_and_where_they_stand(llava, processor, monkeypatch):
@@ -224,7 +225,7 @@ def test_a_tokenizer_that_closes_its_texts_does_not_close_the_prompt(monkeypatch
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
     )
     monkeypatch.setattr(processor, "tokenizer", tokenizer)
-    assert encode_prompt(processor, ask("Hi"), [])["input_ids"][-1] != end
+    assert encode_prompt(processor, ask("Hi"), Media())["input_ids"][-1] != end
 
 
 def test_longest_questions_come_first(monkeypatch, llava, processor, questions, tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from mmpeft.core.errors import ModelError
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.encode import encode_sample
-from mmpeft.data.types import Sample, Turn
+from mmpeft.data.types import Media, Sample, Turn
 from mmpeft.families.registry import family_of
 from mmpeft.models.compose import compose_model
 from mmpeft.models.load import load_model
@@ -370,7 +370,7 @@ def test_a_data_rooms_batch_gives_the_same_loss_whole_and_supervised_only():
         index=0,
         line=1,
     )
-    encoded = encode_sample(processor, sample, [RED, BLUE])
+    encoded = encode_sample(processor, sample, Media(images=[RED, BLUE]))
     losses = []
     for supervised_only in (False, True):
         batch = MultimodalCollator(processor, supervised_only=supervised_only)([encoded, encoded])
