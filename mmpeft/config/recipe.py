@@ -69,6 +69,8 @@ class DataConfig(_Block):
     """Folder that the picture paths of both files are relative to; default: each file's own folder."""
     max_length: int | None = Field(default=None, ge=8)
     """Longest row in tokens, pictures included; a longer one is cut at its end, never inside a picture."""
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Most pixels of a picture that the processor keeps; saved with the adapter's processor. Default: the model's."""
     on_error: Literal["error", "skip"] = "error"
     max_skipped: float = Field(default=0.01, ge=0)
     """With `on_error: skip`, the most samples that may be skipped: a share of the file below 1, else a count."""

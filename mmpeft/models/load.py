@@ -12,14 +12,22 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedModel,
+)
 
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
-from mmpeft.families.registry import FAMILIES
 from mmpeft.models.checkpoints import check_complete, check_name, load_weights, looks_like_path, reading
 from mmpeft.models.devices import pick_device, pick_dtype
 from mmpeft.models.modeling_composed import ComposedConfig
+from mmpeft.models.pixels import limit_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +46,7 @@ def load_model(
     adapter: str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    max_pixels: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A model and its processor.
@@ -51,6 +60,7 @@ def load_model(
         adapter: hub id or directory of an adapter for that model.
         device: "auto" (the accelerator, else the CPU), or a torch device.
         dtype: "auto" (float32 on a CPU, else the checkpoint's own), or a precision.
+        max_pixels: most pixels of a picture that the processor keeps, saved with it; default: its own limit.
         trust_remote_code: whether code that comes with the checkpoint may run. Composed models need none here.
 
     Returns:
@@ -79,28 +89,35 @@ def load_model(
             f"load_model(BASE, adapter={str(name_or_path)!r})"
         ) from error
     cast(nn.Module, model).to(target)
-    processor = load_processor(base, adapter=folder, trust_remote_code=trust_remote_code)
+    processor = load_processor(base, adapter=folder, max_pixels=max_pixels, trust_remote_code=trust_remote_code)
     return (model if folder is None else _attach(model, folder)), processor
 
 
 def load_processor(
-    name_or_path: str | Path, *, adapter: str | Path | None = None, trust_remote_code: bool = False
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """The processor that lies in the adapter's directory, else the base's.
+    """The processor that lies in the adapter's directory, else the base's, `max_pixels` set on it.
 
     Raises:
-        ModelError: there is none, or it does not take pictures and text.
+        ModelError: there is none, or it does not take media and text, or its pictures have a fixed size.
     """
     beside = adapter is not None and any((Path(adapter) / file).is_file() for file in _PROCESSOR_FILES)
     name = str(adapter if beside else name_or_path)
     check_name(name)
     with reading(name, "processor"):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+    takes_media = any(hasattr(processor, name) for name in ("image_processor", "feature_extractor"))
+    if not takes_media or not hasattr(processor, "tokenizer"):
         raise ModelError(
             f"{name}: {type(processor).__name__} is no processor of pictures and text; expected processor_config.json, "
-            "an image processor and a tokenizer there"
+            "an image processor (or a feature extractor of sound) and a tokenizer there"
         )
+    if max_pixels is not None:
+        limit_pixels(processor, max_pixels)
     return processor
 
 
@@ -176,14 +193,8 @@ def _load_base(name: str, *, dtype: torch.dtype | str, trust_remote_code: bool) 
     check_name(name)
     with reading(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    known = [model_type for family in FAMILIES for model_type in family.model_types]
-    if config.model_type not in known:
-        raise ModelError(
-            f"{name}: model type {config.model_type!r} is not supported; supported: {', '.join(known)}; a language "
-            f"model and a vision encoder become a {ComposedConfig.model_type} or llava model by mmpeft.compose_model"
-        )
     model, missing = load_weights(
-        AutoModelForImageTextToText,
+        model_class(config, name),
         name,
         kind="vision-language model",
         dtype=dtype,
@@ -192,6 +203,22 @@ def _load_base(name: str, *, dtype: torch.dtype | str, trust_remote_code: bool) 
     )
     check_complete(name, missing)
     return model
+
+
+def model_class(config: Any, name: str) -> Any:
+    """The Auto class that builds a model of this configuration.
+
+    Raises:
+        ModelError: neither of those for multimodal language models does.
+    """
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    raise ModelError(
+        f"{name}: model type {config.model_type!r} is not supported; `mmpeft families` lists those that are; a language "
+        f"model and a vision encoder become a {ComposedConfig.model_type} or llava model by mmpeft.compose_model"
+    )
 
 
 def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -70,6 +70,7 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
             "data": data,
             "stage": stage.model_dump(mode="json"),
             "max_length": recipe.data.max_length,
+            "max_pixels": recipe.data.max_pixels,
             "batch": recipe.batch.size,
             "seed": recipe.seed,
             "dtype": recipe.dtype,
@@ -80,4 +81,4 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
 
 def evaluation_hash(recipe: Recipe, *, data: str, model: str) -> str:
     """Of one evaluation: `model` is the hash of the stage, or base model, that answers."""
-    return hash_value([recipe.evaluate.model_dump(mode="json"), data, model])
+    return hash_value([recipe.evaluate.model_dump(mode="json"), recipe.data.max_pixels, data, model])

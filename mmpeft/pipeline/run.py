@@ -163,7 +163,9 @@ class _Run:
         identity = base_hash(recipe)
         base = resolve_base(recipe, directory.base_model, identity)
         self.position = _Position(base=base, input_hash=identity)
-        self.processor = load_processor(base, trust_remote_code=recipe.trust_remote_code)
+        self.processor = load_processor(
+            base, max_pixels=recipe.data.max_pixels, trust_remote_code=recipe.trust_remote_code
+        )
         with self.state.main_process_first():
             self.train = self._load(recipe.data.train)
             self.eval = self._load(recipe.data.eval) if recipe.data.eval is not None else None

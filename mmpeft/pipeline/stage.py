@@ -85,6 +85,7 @@ def prepare_stage(recipe: Recipe, stage: StageConfig, start: StageStart, *, seed
         start.base,
         device=str(PartialState().device),
         dtype=recipe.dtype,
+        max_pixels=recipe.data.max_pixels,
         trust_remote_code=recipe.trust_remote_code,
     )
     base_dtype = model.dtype
