@@ -12,6 +12,7 @@ from mmpeft.core.assets import asset_directory
 from mmpeft.families.registry import FAMILIES, family_of
 from mmpeft.methods.plan import base_name
 from mmpeft.models.compose import compose_model
+from tests.families.qwen import QWEN
 from tests.models.parts import tiny_language, tiny_vision
 from tests.tiny import tiny_image_processor, tiny_llava, tiny_tokenizer
 
@@ -21,6 +22,7 @@ PARTS = {
     "lora": {"language"},
     "projector-lora": {"projector", "language"},
     "vision-lora": {"vision"},
+    "audio-lora": {"audio"},
 }
 
 
@@ -37,14 +39,24 @@ def tiny_composed():
     return model
 
 
-MODELS = {"llava": tiny_llava, "composed": tiny_composed}
+MODELS = {
+    "llava": tiny_llava,
+    "composed": tiny_composed,
+    **{name: lambda make=make: make()[0] for name, make in QWEN.items()},
+}
 
 presets = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
 def test_each_family_has_presets_and_each_preset_a_family():
     names = {f"{path.parent.name}/{path.name}" for path in PRESETS}
-    assert {f"llava/{name}" for name in PARTS} | {"composed/lora", "composed/vision-lora"} <= names
+    assert {f"llava/{name}" for name in PARTS if name != "audio-lora"} | {
+        "composed/lora",
+        "composed/vision-lora",
+    } <= names
+    for family in QWEN:
+        tower = "audio-lora" if family == "qwen2_audio" else "vision-lora"
+        assert {f"{family}/{name}" for name in ("projector", "lora", "projector-lora", tower)} <= names
     assert {path.parent.name for path in PRESETS} == {spec.name for spec in FAMILIES}
 
 
@@ -81,7 +93,7 @@ def test_lora_reaches_every_layer_and_saved_modules_are_the_projectors_leaves(pr
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
-        and re.search(r"\.layers?\.\d+\.", name)  # not the heads of the language model and of SigLIP
+        and re.search(r"\.(layers?|blocks)\.\d+\.", name)  # not the heads of the language model and of SigLIP
         and spec.part_of(name) in parts - {"projector"}
     }
     attached = peft.get_peft_model(model, PeftConfig.from_pretrained(preset))

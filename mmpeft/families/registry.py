@@ -3,10 +3,28 @@
 from typing import Any
 
 from mmpeft.core.errors import ModelError
-from mmpeft.families import composed, llava
+from mmpeft.families import (
+    composed,
+    llava,
+    qwen2_5_omni,
+    qwen2_5_vl,
+    qwen2_audio,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
+)
 from mmpeft.families.spec import FamilySpec
 
-FAMILIES: tuple[FamilySpec, ...] = (llava.SPEC, composed.SPEC)
+FAMILIES: tuple[FamilySpec, ...] = (
+    llava.SPEC,
+    composed.SPEC,
+    qwen2_vl.SPEC,
+    qwen2_5_vl.SPEC,
+    qwen3_vl.SPEC,
+    qwen3_5.SPEC,
+    qwen2_5_omni.SPEC,
+    qwen2_audio.SPEC,
+)
 
 
 def family_of(model: Any) -> FamilySpec:
@@ -27,3 +45,22 @@ def family_of_processor(processor: Any) -> FamilySpec | None:
     """The family that a processor's class belongs to; None where none names it."""
     name = type(processor).__name__
     return next((spec for spec in FAMILIES if name in spec.processors), None)
+
+
+def trained_model(model: Any) -> Any:
+    """The model inside `model` that is trained and whose forward gives a loss: `model` itself for most families.
+
+    Of a `Qwen2_5OmniForConditionalGeneration` it is the thinker. Adapters are put on in place, so the model around it
+    has them too.
+
+    Raises:
+        ModelError: no family has this model type.
+    """
+    path = family_of(model).trained_submodule.get(model.config.model_type, "")
+    if not path:
+        return model
+    inner = model.get_submodule(path)
+    # An adapter's `base_model_name_or_path` comes from here; the whole checkpoint is where the inner model lies.
+    inner.config.name_or_path = inner.config.name_or_path or model.config.name_or_path
+    inner.name_or_path = inner.name_or_path or model.name_or_path
+    return inner

@@ -60,6 +60,8 @@ class FamilySpec:
         projector_leaves: names the projector's trainable leaf modules in a given model.
         processors: names of the processor classes by which data knows the family, where that matters to it.
         modalities: what the model takes beside text.
+        trained_submodule: for a model type whose class holds more than what is trained and has no forward of its
+            own, the path of the model inside it that is trained; `parts` are that model's paths.
         chat_template: Jinja template for processors of the family that come without one.
         token_types: how `token_type_ids` are made, where the forward wants them.
         boxes: how places in a picture are written.
@@ -73,6 +75,7 @@ class FamilySpec:
     projector_leaves: Callable[[nn.Module, "FamilySpec"], list[str]] = all_projector_leaves
     processors: tuple[str, ...] = ()
     modalities: tuple[Modality, ...] = ("image",)
+    trained_submodule: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     token_types: TokenTypes | None = None
     boxes: BoxConvention = "fraction"

@@ -14,7 +14,7 @@ from mmpeft.config.names import did_you_mean
 from mmpeft.config.train import PartTraining, changes_base, check_train
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
-from mmpeft.families.registry import family_of
+from mmpeft.families.registry import family_of, trained_model
 from mmpeft.families.spec import FamilySpec
 from mmpeft.methods.lora import lora_config
 from mmpeft.methods.plan import base_name
@@ -30,8 +30,8 @@ def get_peft_model(
         {"language": "full"}                                   the model itself: its own weights train
 
     Args:
-        model: a transformers model of a known family.
-        train: `vision`, `projector` and `language`, each `full`, `frozen` or fields of `peft.LoraConfig`.
+        model: a transformers model of a known family; of a whole omni model the thinker is trained, in place.
+        train: `vision`, `audio`, `projector` and `language`, each `full`, `frozen` or fields of `peft.LoraConfig`.
         carried: how earlier stages trained parts that `train` leaves alone; those stay in the adapter, frozen,
             so that one adapter holds the work of every stage.
 
@@ -46,6 +46,7 @@ def get_peft_model(
     parts = check_train(train)
     if isinstance(model, PeftModel):
         raise RecipeError("the model has an adapter already; pass its base: peft_model.get_base_model()")
+    model = trained_model(model)
     spec = family_of(model)
     for part in PARTS:
         if parts[part] != "frozen":
@@ -152,7 +153,7 @@ def freeze_carried(peft_model: PeftModel, train: Mapping[Part, PartTraining]) ->
 
 def trains_tower(train: Mapping[Part, PartTraining]) -> bool:
     """Whether a tower's own weights train, so that the stage writes a model directory, not an adapter."""
-    return any(train.get(part) == "full" for part in ("vision", "language"))
+    return any(train.get(part) == "full" for part in PARTS if part != "projector")
 
 
 def _check_part_exists(model: PreTrainedModel, spec: FamilySpec, part: Part) -> None:

@@ -1,0 +1,22 @@
+"""Qwen2-VL (`Qwen2VLForConditionalGeneration`): pictures of any size, and video.
+
+The merger that carries pictures into the language model lies inside the vision tower. `pixel_values` are the
+patches of all pictures, one behind the other; `image_grid_thw` says how many belong to each. Positions have three
+rows (time, height, width): the forward computes them from the grids and the processor's `mm_token_type_ids`
+(0 text, 1 picture, 2 video), and without these it falls back to plain positions and says nothing.
+"""
+
+from mmpeft.families.spec import FamilySpec
+
+SPEC = FamilySpec(
+    name="qwen2_vl",
+    model_types=("qwen2_vl",),
+    parts={
+        "vision": ("model.visual",),
+        "projector": ("model.visual.merger",),
+        "language": ("model.language_model", "lm_head"),
+    },
+    modalities=("image", "video"),
+    boxes="thousandths",
+    note="`mm_token_type_ids` have to reach the model, or pictures get the positions of plain text.",
+)

@@ -1,0 +1,24 @@
+"""Qwen3-VL (`Qwen3VLForConditionalGeneration`): features of several depths of the tower reach the language model.
+
+Beside the merger of the last layer, `deepstack_merger_list` has one merger for each earlier layer whose features
+are added to the first layers of the language model; all of them are the projector. A video is written into the text
+frame by frame, each behind its time (`<0.3 seconds>`), so the processor needs the frames' places in the file.
+Positions need `mm_token_type_ids`, as in Qwen2-VL, but the forward refuses pictures without them.
+"""
+
+from mmpeft.families.spec import FamilySpec
+
+SPEC = FamilySpec(
+    name="qwen3_vl",
+    model_types=("qwen3_vl",),
+    parts={
+        "vision": ("model.visual",),
+        "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+        "language": ("model.language_model", "lm_head"),
+    },
+    modalities=("image", "video"),
+    boxes="thousandths",
+    # What the language model takes is not the tower's last output alone.
+    cacheable=(),
+    note="Videos need the place of each frame in the file and its frame rate: their times are written into the text.",
+)
