@@ -1,6 +1,7 @@
 """Tiny real models of the Qwen line with their real processors: random weights, in memory, no network."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -214,11 +217,11 @@ def tiny_qwen3_vl(seed: int = 0) -> tuple[Qwen3VLForConditionalGeneration, Qwen3
             out_hidden_size=32,
             intermediate_size=32,
             num_position_embeddings=16,
-            # Three, as every published size has; the language model's first three layers take one each.
+            # Three, as every published size has; each is added behind a layer, so the language model needs a fourth.
             depth=3,
             deepstack_visual_indexes=[0, 1, 2],
         ),
-        text_config=_text(tokenizer, head_dim=8, num_hidden_layers=3),
+        text_config=_text(tokenizer, head_dim=8, num_hidden_layers=4),
         tie_word_embeddings=True,
         **_token_ids(tokenizer, VISION_TOKENS),
     )
@@ -286,10 +289,77 @@ def thinker_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerConf
 
 
 def tiny_qwen2_5_omni(seed: int = 0) -> tuple[Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniProcessor]:
-    """The thinker alone; `tests/families/test_qwen_omni.py` has the whole of it."""
+    """The thinker alone; `tiny_whole_omni` has talker and vocoder too."""
     processor = omni_processor()
     config = thinker_config(processor.tokenizer)
     return _built(Qwen2_5OmniThinkerForConditionalGeneration, config, seed), processor
+
+
+CODES = 64
+"""Speech codes of the tiny talker; the last few are its control codes."""
+
+
+def tiny_whole_omni(folder: Path, seed: int = 0) -> Path:
+    """A whole omni checkpoint on disk, with its processor and a speaker, as a published one lies there."""
+    processor = omni_processor()
+    tokenizer = processor.tokenizer
+    thinker = thinker_config(tokenizer).to_dict()
+    copied = ("image_token_index", "video_token_index", "audio_token_index", "vision_start_token_id")
+    copied += ("vision_end_token_id", "audio_start_token_id", "audio_end_token_id")
+    unused = ("bos_token_id", "eos_token_id", "pad_token_id")
+    talker = {
+        **{key: value for key, value in _text(tokenizer).items() if key not in unused},
+        **{key: thinker[key] for key in copied},
+        "vocab_size": CODES,
+        "embedding_size": 32,
+        "head_dim": 8,
+        "tts_text_start_token_id": 1,
+        "tts_text_end_token_id": 2,
+        "tts_text_pad_token_id": 3,
+        "tts_codec_start_token_id": CODES - 4,
+        "tts_codec_end_token_id": CODES - 3,
+        "tts_codec_pad_token_id": CODES - 2,
+        "tts_codec_mask_token_id": CODES - 1,
+    }
+    config = Qwen2_5OmniConfig(
+        thinker_config=thinker,
+        talker_config=talker,
+        token2wav_config={"dit_config": _DIT, "bigvgan_config": _BIGVGAN},
+    )
+    model = _built(Qwen2_5OmniForConditionalGeneration, config, seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    speaker = {"bos_token": 5, "cond": torch.randn(1, 8), "ref_mel": torch.randn(1, 20, 8)}
+    torch.save({"Chelsie": speaker}, folder / "spk_dict.pt")
+    return folder
+
+
+_DIT: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "emb_dim": 16,
+    "num_embeds": CODES,
+    "mel_dim": 8,
+    "enc_emb_dim": 8,
+    "enc_dim": 8,
+    "enc_channels": [16, 16, 16, 16, 48],
+    "enc_attention_channels": 8,
+    "enc_se_channels": 8,
+    "look_ahead_layers": [1],
+    "look_backward_layers": [0],
+    "block_size": 8,
+    "dropout": 0.0,
+}
+_BIGVGAN: dict[str, Any] = {
+    "mel_dim": 8,
+    "upsample_initial_channel": 64,
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3, 5]],
+    "upsample_rates": [5, 3],
+    "upsample_kernel_sizes": [11, 7],
+}
 
 
 def _whisper() -> dict[str, Any]:
