@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
+from mmpeft.families.registry import family_of_processor
 
 TEXT_ALIGNED = frozenset({"token_type_ids", "mm_token_type_ids"})
 """Keys of a sample beside `input_ids` and `labels` that hold one number a token."""
@@ -35,15 +36,18 @@ class MultimodalCollator:
     Args:
         processor: a transformers processor; its tokenizer's padding token is used.
         pad_to_multiple_of: round the number of columns up to a multiple of this.
-        supervised_only: add `logits_to_keep` and `shift_labels`.
+        supervised_only: add `logits_to_keep` and `shift_labels`; default: where the family is known to take them.
     """
 
-    def __init__(self, processor: Any, *, pad_to_multiple_of: int | None = None, supervised_only: bool = True) -> None:
+    def __init__(
+        self, processor: Any, *, pad_to_multiple_of: int | None = None, supervised_only: bool | None = None
+    ) -> None:
         tokenizer = processor.tokenizer
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(identifier for identifier in candidates if identifier is not None)
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.supervised_only = supervised_only
+        spec = family_of_processor(processor)
+        self.supervised_only = bool(spec and spec.supervised_logits) if supervised_only is None else supervised_only
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Encoded:
         """The samples of `encode_sample` as one batch."""

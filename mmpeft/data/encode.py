@@ -6,13 +6,14 @@ input_ids                   Describe  p p p p  and  p p p p  .
 labels                         -      - - - -   -   - - - -  .      (where the assistant speaks)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX, Modality
+from mmpeft.data.chat import control_tokens
 from mmpeft.data.expand import Encoded, Expansion, expand
 from mmpeft.data.labels import (
     Conversation,
@@ -54,7 +55,7 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
     count_media(processor, conversation, _counts(media))
     expansion = expand(processor, conversation.text, media)
     tokens = label_conversation(processor, expanded(conversation, expansion.replacements), answers_of(sample.turns))
-    cut = cut_before_media(tokens, max_length)
+    cut = cut_before_media(tokens, max_length, control_tokens(processor).ids)
     kept = sum(end <= cut for _, end in tokens.media)
     if kept < len(tokens.media):
         expansion = _of_the_first(processor, conversation, media, expansion, kept)
@@ -79,20 +80,33 @@ def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media) -> Encode
     return encoded | token_types(processor, encoded) | expansion.tensors
 
 
-def cut_before_media(tokens: LabelledTokens, max_length: int | None) -> int:
+def cut_before_media(tokens: LabelledTokens, max_length: int | None, special: frozenset[int] = frozenset()) -> int:
     """How many tokens fit `max_length`; a cut that would fall inside a medium falls before it.
+
+    With it goes what opens it: `special` tokens right before it (`<|vision_start|>`), which a model would take for
+    the start of a medium that does not come.
 
     Raises:
         DataError: no labelled token is left.
     """
     cut = len(tokens.input_ids) if max_length is None else min(max_length, len(tokens.input_ids))
-    cut = next((start for start, end in tokens.media if start < cut < end), cut)
+    cut = next((start for start, end in _blocks(tokens, special) if start < cut < end), cut)
     if all(label == IGNORE_INDEX for label in tokens.labels[:cut]):
         raise DataError(
             f"no answer token is left of its {len(tokens.input_ids)} tokens after the cut to max_length {max_length}; "
             "raise max_length, or shorten the sample"
         )
     return cut
+
+
+def _blocks(tokens: LabelledTokens, special: frozenset[int]) -> Iterator[tuple[int, int]]:
+    before = 0
+    for start, end in tokens.media:
+        opened = start
+        while opened > before and tokens.input_ids[opened - 1] in special and tokens.labels[opened - 1] == IGNORE_INDEX:
+            opened -= 1
+        yield opened, end
+        before = end
 
 
 def _counts(media: Media) -> Mapping[Modality, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
-from mmpeft.data.chat import check_texts, render_chat
+from mmpeft.data.chat import check_texts, control_tokens, render_chat
 from mmpeft.data.encode import cut_before_media
 from mmpeft.data.expand import picture_length
 from mmpeft.data.formats import Row
@@ -100,7 +100,7 @@ class _Texts:
         if self.max_length is None:
             return False
         tokens = _stretched(tokens, lengths)
-        cut_before_media(tokens, self.max_length)
+        cut_before_media(tokens, self.max_length, control_tokens(self.processor).ids)
         return len(tokens.input_ids) > self.max_length
 
     def _surely_fits(self, sample: Sample, lengths: Sequence[int]) -> bool:

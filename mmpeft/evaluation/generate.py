@@ -15,7 +15,8 @@ from mmpeft.data.chat import control_tokens, render_chat
 from mmpeft.data.collate import TEXT_ALIGNED, join_media
 from mmpeft.data.encode import Encoded, encode_prompt
 from mmpeft.data.expand import picture_length
-from mmpeft.data.media import check_image, is_url, load_image, to_rgb
+from mmpeft.data.media import check_image, load_image, to_rgb
+from mmpeft.data.roots import is_url
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Media, Question, Turn
 
 

@@ -5,6 +5,7 @@ from mmpeft.families.spec import FamilySpec
 SPEC = FamilySpec(
     name="composed",
     model_types=("mmpeft_composed",),
+    processors=("ComposedProcessor",),
     parts={
         "vision": ("vision_towers",),
         "projector": ("multi_modal_projector",),

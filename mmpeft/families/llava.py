@@ -16,6 +16,7 @@ def _projector_leaves(model: nn.Module, spec: FamilySpec) -> list[str]:
 SPEC = FamilySpec(
     name="llava",
     model_types=("llava",),
+    processors=("LlavaProcessor",),
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

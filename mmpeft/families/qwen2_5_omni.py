@@ -18,6 +18,8 @@ from mmpeft.families.spec import FamilySpec
 SPEC = FamilySpec(
     name="qwen2_5_omni",
     model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
+    processors=("Qwen2_5OmniProcessor",),
+    supervised_logits=False,
     parts={
         "vision": ("model.visual",),
         "audio": ("model.audio_tower",),

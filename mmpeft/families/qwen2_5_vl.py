@@ -9,6 +9,7 @@ from mmpeft.families.spec import FamilySpec
 SPEC = FamilySpec(
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
+    processors=("Qwen2_5_VLProcessor",),
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

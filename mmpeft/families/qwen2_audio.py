@@ -9,6 +9,7 @@ from mmpeft.families.spec import FamilySpec
 SPEC = FamilySpec(
     name="qwen2_audio",
     model_types=("qwen2_audio",),
+    processors=("Qwen2AudioProcessor",),
     parts={
         "audio": ("model.audio_tower",),
         "projector": ("model.multi_modal_projector",),

@@ -11,6 +11,7 @@ from mmpeft.families.spec import FamilySpec
 SPEC = FamilySpec(
     name="qwen2_vl",
     model_types=("qwen2_vl",),
+    processors=("Qwen2VLProcessor",),
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

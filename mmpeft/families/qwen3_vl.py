@@ -11,6 +11,7 @@ from mmpeft.families.spec import FamilySpec
 SPEC = FamilySpec(
     name="qwen3_vl",
     model_types=("qwen3_vl",),
+    processors=("Qwen3VLProcessor",),
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),

@@ -64,6 +64,7 @@ class FamilySpec:
             own, the path of the model inside it that is trained; `parts` are that model's paths.
         chat_template: Jinja template for processors of the family that come without one.
         token_types: how `token_type_ids` are made, where the forward wants them.
+        supervised_logits: whether the forward takes `logits_to_keep` as indices, and the loss `shift_labels`.
         boxes: how places in a picture are written.
         cacheable: the outermost outputs that are the same in every epoch while their parts are frozen.
         note: what a user of the family should know, in one sentence; "" if nothing.
@@ -78,6 +79,7 @@ class FamilySpec:
     trained_submodule: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     token_types: TokenTypes | None = None
+    supervised_logits: bool = True
     boxes: BoxConvention = "fraction"
     cacheable: tuple[Part, ...] = field(default=("vision",))
     note: str = ""

@@ -216,8 +216,9 @@ def model_class(config: Any, name: str) -> Any:
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForMultimodalLM
     raise ModelError(
-        f"{name}: model type {config.model_type!r} is not supported; `mmpeft families` lists those that are; a language "
-        f"model and a vision encoder become a {ComposedConfig.model_type} or llava model by mmpeft.compose_model"
+        f"{name}: model type {config.model_type!r} is not supported; `mmpeft families` lists those that are; a "
+        f"language model and a vision encoder become a {ComposedConfig.model_type} or llava model by "
+        "mmpeft.compose_model"
     )
 
 

@@ -186,7 +186,9 @@ def _trainer(
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
         # Label smoothing reads the logits of every position.
-        data_collator=MultimodalCollator(prepared.processor, supervised_only=args.label_smoothing_factor == 0),
+        data_collator=MultimodalCollator(
+            prepared.processor, supervised_only=False if args.label_smoothing_factor else None
+        ),
         learning_rates=learning_rates(stage),
     )
     trainer.remove_callback(PrinterCallback)

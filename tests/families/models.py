@@ -1,0 +1,18 @@
+"""A tiny real model of every first-class family, with its real processor."""
+
+from tests.families.qwen import QWEN
+from tests.tiny import tiny_llava, tiny_processor
+
+
+def tiny_llava_family():
+    processor = tiny_processor()
+    return tiny_llava(processor), processor
+
+
+FIRST_CLASS = {"llava": tiny_llava_family, **QWEN}
+
+SINGLE_TURN = {"paligemma"}
+"""Families that answer one question about pictures, without a conversation."""
+
+ENCODED_TOGETHER = {"llava_onevision"}
+"""Families in which a picture takes another number of tokens beside a second one."""
