@@ -1,7 +1,8 @@
 """Qwen2.5-VL (`Qwen2_5_VLForConditionalGeneration`): as Qwen2-VL, with windowed attention in the vision tower.
 
-A video also brings `second_per_grid_ts`, one number a video: its positions in time go by seconds. Boxes are pixels
-of the picture as the processor has resized it, so they change with `max_pixels`.
+Without `mm_token_type_ids` its forward gives pictures the positions of plain text and says nothing (transformers
+5.24; Qwen2-VL's refuses). A video also brings `second_per_grid_ts`, one number a video: its positions in time go by
+seconds. Boxes are pixels of the picture as the processor has resized it, so they change with `max_pixels`.
 """
 
 from mmpeft.families.spec import FamilySpec

@@ -3,7 +3,7 @@
 The merger that carries pictures into the language model lies inside the vision tower. `pixel_values` are the
 patches of all pictures, one behind the other; `image_grid_thw` says how many belong to each. Positions have three
 rows (time, height, width): the forward computes them from the grids and the processor's `mm_token_type_ids`
-(0 text, 1 picture, 2 video), and without these it falls back to plain positions and says nothing.
+(0 text, 1 picture, 2 video), and refuses pictures without these.
 """
 
 from mmpeft.families.spec import FamilySpec
@@ -19,5 +19,5 @@ SPEC = FamilySpec(
     },
     modalities=("image", "video"),
     boxes="thousandths",
-    note="`mm_token_type_ids` have to reach the model, or pictures get the positions of plain text.",
+    note="A picture thinner than a token is widened to one, and may then take more tokens than `max_pixels` allows.",
 )

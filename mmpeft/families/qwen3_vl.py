@@ -3,7 +3,7 @@
 Beside the merger of the last layer, `deepstack_merger_list` has one merger for each earlier layer whose features
 are added to the first layers of the language model; all of them are the projector. A video is written into the text
 frame by frame, each behind its time (`<0.3 seconds>`), so the processor needs the frames' places in the file.
-Positions need `mm_token_type_ids`, as in Qwen2-VL, but the forward refuses pictures without them.
+Positions need `mm_token_type_ids`, as in Qwen2-VL.
 """
 
 from mmpeft.families.spec import FamilySpec

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -62,6 +62,7 @@ class FamilySpec:
         modalities: what the model takes beside text.
         trained_submodule: for a model type whose class holds more than what is trained and has no forward of its
             own, the path of the model inside it that is trained; `parts` are that model's paths.
+        loaders: for a model type that its auto class cannot load, what loads it; it has the same `from_pretrained`.
         chat_template: Jinja template for processors of the family that come without one.
         token_types: how `token_type_ids` are made, where the forward wants them.
         supervised_logits: whether the forward takes `logits_to_keep` as indices, and the loss `shift_labels`.
@@ -77,6 +78,7 @@ class FamilySpec:
     processors: tuple[str, ...] = ()
     modalities: tuple[Modality, ...] = ("image",)
     trained_submodule: Mapping[str, str] = field(default_factory=dict)
+    loaders: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     token_types: TokenTypes | None = None
     supervised_logits: bool = True

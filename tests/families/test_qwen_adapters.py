@@ -181,6 +181,13 @@ def test_lora_on_a_tower_trains_that_tower_only(family, tower):
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
+def test_an_audio_tower_may_train_in_full_as_a_vision_tower_may():
+    model, batch = built("qwen2_audio")
+    trained = get_peft_model(model, {"audio": "full"})
+    assert trained is model
+    assert {family_of(model).part_of(name) for name in gradients(model, batch)} == {"audio"}
+
+
 @families
 def test_a_padded_batch_gives_each_sample_the_loss_it_has_alone(family):
     model, processor = QWEN[family]()

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForMultimodalLM, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
 from mmpeft.families.registry import family_of, trained_model
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.methods.checkpoint import save_adapter
 from mmpeft.methods.plan import describe_training
+from mmpeft.models.checkpoints import load_weights
 from tests.families.qwen import CODES, tiny_whole_omni
 from tests.families.test_qwen_adapters import LORA, PROJECTOR, batch_of
 
@@ -124,6 +125,28 @@ def test_merging_leaves_a_whole_model_that_needs_no_adapter(checkpoint, batch, t
     (tmp_path / "merged" / "spk_dict.pt").write_bytes((checkpoint / "spk_dict.pt").read_bytes())
     with torch.no_grad():
         torch.testing.assert_close(whole(tmp_path / "merged").thinker(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_whole_loads_with_a_report_of_what_is_missing_and_with_its_voices(checkpoint, batch):
+    config = AutoConfig.from_pretrained(checkpoint)
+    loader = family_of(whole(checkpoint)).loaders[config.model_type]
+    omni, missing = load_weights(
+        loader, str(checkpoint), kind="model", dtype=torch.float32, trust_remote_code=False, config=config
+    )
+    assert missing == []
+    assert list(omni.speaker_map) == ["Chelsie"]
+    _, wave = speak(omni, batch)
+    assert wave.isfinite().all()
+    (checkpoint / "spk_dict.pt").unlink()
+    silent, _ = load_weights(
+        loader, str(checkpoint), kind="model", dtype=torch.float32, trust_remote_code=False, config=config
+    )
+    assert silent.speaker_map == {}
+
+
+def test_transformers_still_cannot_report_on_a_whole_omni_itself(checkpoint):
+    with pytest.raises(AttributeError, match="load_speakers"):
+        AutoModelForMultimodalLM.from_pretrained(checkpoint, output_loading_info=True)
 
 
 def test_the_whole_and_the_thinker_are_one_family(checkpoint):
