@@ -4,7 +4,6 @@ A picture is opened by the plugins of `FORMATS`, never by one that starts anothe
 the plugin itself, not `PIL.Image.open`, whose own size check warns through the process-wide warning filters.
 """
 
-import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +22,8 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from mmpeft.core.errors import DataError
+from mmpeft.data.roots import is_url as is_url
+from mmpeft.data.roots import resolve_inside
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Pixels (width x height) of the largest picture that is decoded: 192 MB of RGB."""
@@ -43,38 +44,11 @@ FORMATS = tuple(
     )
 )
 _PREFIX_BYTES = 16
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
-
-
-def is_url(text: str) -> bool:
-    """Whether a picture's name is a URL, which is never fetched, not a path."""
-    return _URL.match(text) is not None
 
 
 def resolve_picture(name: str | Path, *, root: Path) -> Path:
-    """Where a data file's picture lies, links followed; always a regular file inside `root`.
-
-    Raises:
-        DataError: a URL, a path that leaves `root` (absolute, by `..` or by a link), or no such file.
-    """
-    text = str(name)
-    if is_url(text):
-        raise DataError(f"picture {text!r} is a URL, and URLs are off: download it and write its path")
-    try:
-        base = root.resolve()
-        path = (base / text).resolve()
-        inside = path.is_relative_to(base)
-        regular = inside and path.is_file()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"picture {text!r} is no usable path: {error}") from error
-    if not inside:
-        raise DataError(
-            f"picture {text!r} lies outside the media root {base} (at {path}); move it inside, or set media_root"
-        )
-    if not regular:
-        found = "is no regular file" if path.exists() else "does not exist"
-        raise DataError(f"picture {text!r} {found} (tried {path}); correct the path, or set media_root")
-    return path
+    """Where a data file's picture lies; as `mmpeft.data.roots.resolve_inside`."""
+    return resolve_inside(name, root=root, kind="picture")
 
 
 def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
