@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from mmpeft.cli.output import EXIT_DATA, JsonOption, err, human, print_json
 from mmpeft.core.lazy import LazyModule
 
 checks = LazyModule("mmpeft.data.check")
+loading = LazyModule("mmpeft.models.load")
+showing = LazyModule("mmpeft.data.show")
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -21,15 +24,36 @@ RootOption = Annotated[Path | None, typer.Option(help="Folder of the pictures; d
 
 
 @app.command()
-def check(path: PathArgument, media_root: RootOption = None, as_json: JsonOption = False) -> None:
+def check(
+    path: PathArgument,
+    media_root: RootOption = None,
+    held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out file: report what stands in both.")] = None,
+    model: Annotated[str | None, typer.Option(help="Measure lengths with this model's processor.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Count samples longer than this.")] = None,
+    media: Annotated[bool, typer.Option(help="Decode every picture.")] = True,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; default: one a core.")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Check every row and decode every picture; exit status 3 if anything cannot be used."""
-    with err.status(f"checking {path}"):
-        report = checks.check_data(path, media_root)
+    processor = loading.load_processor(model) if model else None
+    columns = (SpinnerColumn(), TextColumn("checking"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=as_json or not err.is_terminal) as progress:
+        task = progress.add_task("rows", total=None)
+        report = checks.check_data(
+            path,
+            media_root,
+            eval_path=held_out,
+            processor=processor,
+            max_length=max_length,
+            open_media=media,
+            workers=workers,
+            on_progress=lambda done: progress.update(task, completed=done),
+        )
     if as_json:
         print_json({"file": str(path), **asdict(report)})
     else:
         _show_report(human(as_json), report)
-    if report.errors:
+    if report.error_count:
         raise typer.Exit(EXIT_DATA)
 
 
@@ -39,10 +63,20 @@ def _show_report(console: Console, report: Any) -> None:
         f"{report.samples} samples ({kinds or 'none'}), {report.pictures} pictures, {report.turns} turns",
         markup=False,
     )
+    if report.lengths:
+        figures = ", ".join(f"{name} {value:,}" for name, value in report.lengths.items() if name != "unit")
+        console.print(f"length in {report.lengths['unit']}: {figures}")
+    if report.answers:
+        answers = ", ".join(f"{answer!r} {count}" for answer, count in report.answers.items())
+        console.print(f"short answers: {answers}", markup=False, soft_wrap=True)
     for style, name, messages in (("red", "error", report.errors), ("yellow", "warning", report.warnings)):
         for message in messages:
             console.print(Text.assemble((f"{name}: ", style), message), soft_wrap=True)
-    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
+    unsaid = report.error_count + report.warning_count - len(report.errors) - len(report.warnings)
+    if unsaid:
+        counts = ", ".join(f"{kind}: {count}" for kind, count in report.found.items())
+        console.print(f"{unsaid} more are not spelt out; in all {counts}", markup=False, soft_wrap=True)
+    console.print(f"{report.error_count} errors, {report.warning_count} warnings")
 
 
 @app.command()
@@ -53,12 +87,15 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the first samples as turns, with the names and sizes of their pictures."""
-    samples = list(islice(checks.describe_samples(path, media_root), count))
+    samples = list(islice(showing.describe_samples(path, media_root), count))
     if as_json:
         print_json({"file": str(path), "samples": samples})
         return
     console = human(as_json)
     for sample in samples:
+        if "error" in sample:
+            console.print(Text.assemble(("error: ", "red"), sample["error"]), soft_wrap=True)
+            continue
         kind = f"  kind {sample['kind']!r}" if sample["kind"] else ""
         heading = f"sample {sample['index']}  id {sample['id']!r}  line {sample['line']}{kind}"
         console.print(Text(heading, style="bold"), soft_wrap=True)

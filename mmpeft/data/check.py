@@ -1,21 +1,43 @@
-"""A data file looked through from end to end, every picture decoded, without a model."""
+"""A data file looked through from end to end: rows, pictures, duplicates, leaks, lengths, balance of answers."""
 
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmpeft.core.errors import DataError
-from mmpeft.core.hashing import hash_value
-from mmpeft.data.formats import Row, read_rows, read_samples
-from mmpeft.data.pictures import Picture, read_picture, with_pictures
+from mmpeft.core.lazy import LazyModule
+from mmpeft.data.checks.balance import Balance
+from mmpeft.data.checks.pictures import Pictures, Seen
+from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, print_of
+from mmpeft.data.formats import Row, read_rows
 from mmpeft.data.types import Sample
+
+# Lazy, for it brings torch, which a check without a model can do without.
+lengths = LazyModule("mmpeft.data.checks.lengths")
 
 EXTREME_ASPECT_RATIO = 10
 """Long side by short side from which little of a picture is left when it is scaled to a square."""
+
+MOST_MESSAGES = 50
+"""Messages of a kind that a report spells out; the rest are counted."""
+
+MOST_KINDS = 1000
+"""Distinct kinds, and unknown keys, that a report counts apart."""
+
+_KINDS_OF_ERROR = {
+    "placeholder": "placeholder",
+    "both from": "turn order",
+    "the first turn": "turn order",
+    "the last turn": "turn order",
+    "a system turn": "turn order",
+    "empty": "empty",
+}
 
 
 @dataclass(kw_only=True)
@@ -23,12 +45,18 @@ class Report:
     """What `check_data` found.
 
     Attributes:
-        samples: usable rows; `errors` counts the others.
+        samples: usable rows; `errors` names the others.
         pictures: distinct pictures that were decoded.
         turns: human and gpt turns of the usable rows.
         kinds: usable rows by their `kind`; "" for those without.
-        errors: what keeps samples, or the file, from being used, each with file and line.
+        errors: what keeps samples, or the file, from being used, and leaks, each with file and line.
         warnings: what can be used and may not be meant.
+        found: how many of each kind of error and warning there are; `errors` and `warnings` spell out at most
+            `MOST_MESSAGES` of a kind.
+        error_count, warning_count: of all kinds.
+        lengths: `unit` ("tokens" or "characters"), `min`, `median`, `p95`, `max` of the usable samples, and `cut`,
+            how many are longer than `max_length`; empty without samples.
+        answers: the most frequent short answers.
     """
 
     samples: int = 0
@@ -37,104 +65,218 @@ class Report:
     kinds: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    found: dict[str, int] = field(default_factory=dict)
+    error_count: int = 0
+    warning_count: int = 0
+    lengths: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+
+    def error(self, kind: str, message: str) -> None:
+        """Count an error, and keep it among the first of its kind."""
+        self.error_count += 1
+        self._add(self.errors, kind, message)
+
+    def warn(self, kind: str, message: str) -> None:
+        """Count a warning, and keep it among the first of its kind."""
+        self.warning_count += 1
+        self._add(self.warnings, kind, message)
+
+    def _add(self, messages: list[str], kind: str, message: str) -> None:
+        self.found[kind] = self.found.get(kind, 0) + 1
+        if self.found[kind] <= MOST_MESSAGES:
+            messages.append(message)
 
 
-def check_data(path: str | os.PathLike[str], media_root: str | os.PathLike[str] | None = None) -> Report:
-    """Check every row of a data file and decode every picture.
+def check_data(
+    path: str | os.PathLike[str],
+    media_root: str | os.PathLike[str] | None = None,
+    *,
+    eval_path: str | os.PathLike[str] | None = None,
+    processor: Any = None,
+    max_length: int | None = None,
+    open_media: bool = True,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Check every row of a data file and decode every picture; memory stays far below the file's size.
 
-    `media_root` is the folder that picture paths are relative to; default: the file's own. Nothing is raised
-    for bad data: a file that cannot be read at all is an error of the report.
+    Nothing is raised for bad data: a file that cannot be read at all is an error of the report.
+
+    Args:
+        path: the data file.
+        media_root: folder that picture paths are relative to; default: each file's own.
+        eval_path: a held-out file; what stands in both is an error, pictures that look alike are a warning.
+        processor: measures lengths in tokens, and its chat template and control tokens are checked.
+        max_length: longest row in tokens (characters without a processor); longer ones are counted.
+        open_media: decode pictures; without it their files are not looked for.
+        workers: threads that decode; default: one a core, 8 at most.
+        on_progress: called with the number of rows done.
     """
     path = Path(path)
-    root = Path(media_root) if media_root is not None else path.parent
+    root = Path(media_root) if media_root is not None else None
+    held_out = _HeldOut(open_media, workers) if eval_path is not None else None
     report = Report()
-    check = _Check(path, report)
-    pictures: dict[str, Picture] = {}
+    pictures = Pictures(root or path.parent, workers=workers)
+    check = _Check(path, report, pictures, held_out, processor, max_length)
+    done = 0
     try:
-        for window, known in with_pictures(read_rows(path), partial(read_picture, "decode", root)):
-            pictures = known
+        if held_out is not None and eval_path is not None:
+            held_out.read(Path(eval_path), root)
+        for window, names in pictures.windows(read_rows(path), opened=open_media):
+            check.looks(names)
             for row in window:
-                check.row(row, pictures)
+                check.row(row)
+            done += len(window)
+            if on_progress:
+                on_progress(done)
     except DataError as error:
-        report.errors.append(str(error))
-    check.finish(pictures)
+        report.error("file", str(error))
+    check.finish()
     return report
+
+
+class _HeldOut:
+    """Prints of a held-out file's questions and pictures."""
+
+    def __init__(self, opened: bool, workers: int | None) -> None:
+        self.opened, self.workers = opened, workers
+        self.questions, self.near = PlaceTable(), NearTable()
+        self.path = Path()
+
+    def read(self, path: Path, root: Path | None) -> None:
+        self.path = path
+        pictures = Pictures(root or path.parent, workers=self.workers)
+        for window, names in pictures.windows(read_rows(path), opened=self.opened):
+            for name in names:
+                seen = pictures.get(name)
+                if isinstance(seen, Seen) and seen.look is not None:
+                    self.near.add(seen.look, name)
+            for sample in (row.sample for row in window if row.sample):
+                self.questions.first(_question(sample, pictures), Place(sample.index, sample.line))
+
+
+def _media(sample: Sample, pictures: Pictures) -> list[str]:
+    """A print of each picture's pixels where it was opened, else its name."""
+    found = [pictures.get(name) for name in sample.images]
+    named = zip(found, sample.images, strict=True)
+    known = [str(seen.pixels) if isinstance(seen, Seen) else name for seen, name in named]
+    return [*known, *sample.videos, *sample.audios]
+
+
+def _question(sample: Sample, pictures: Pictures) -> int:
+    """A print of the media and of what the user says, letters' case and white space aside."""
+    asked = [" ".join(turn.text.lower().split()) for turn in sample.turns if turn.role == "user"]
+    return print_of(*asked, *_media(sample, pictures))
 
 
 class _Check:
     """Gathers a report row by row."""
 
-    def __init__(self, path: Path, report: Report) -> None:
-        self.path, self.report = path, report
-        self.ids: dict[str, Sample] = {}
-        self.conversations: dict[str, Sample] = {}
+    def __init__(
+        self,
+        path: Path,
+        report: Report,
+        pictures: Pictures,
+        held_out: _HeldOut | None,
+        processor: Any,
+        max_length: int | None,
+    ) -> None:
+        self.path, self.report, self.pictures, self.held_out = path, report, pictures, held_out
+        self.processor, self.max_length = processor, max_length
+        self.ids, self.conversations = PlaceTable(), PlaceTable()
         self.kinds: Counter[str] = Counter()
         self.ignored: dict[str, int] = {}
+        self.lengths, self.balance = array("I"), Balance()
+        self.extreme: list[str] = []
 
-    def row(self, row: Row, pictures: dict[str, Picture]) -> None:
+    def looks(self, names: list[str]) -> None:
+        """Judge pictures that were just read: their shape, and whether they look like held-out ones."""
+        for name in names:
+            seen = self.pictures.get(name)
+            if not isinstance(seen, Seen):
+                continue
+            if max(seen[:2]) > EXTREME_ASPECT_RATIO * min(seen[:2]):
+                self.extreme.append(f"{self.path}: picture {name!r} is {seen.width} x {seen.height}, an extreme shape")
+            near = self.held_out.near.find(seen.look) if self.held_out and seen.look is not None else None
+            if near and self.held_out:
+                self.report.warn(
+                    "looks held out",
+                    f"{self.path}: picture {name!r} looks like {near[0]!r} of {self.held_out.path} "
+                    f"({near[1]} of 64 bits differ); leave it out of one of the two",
+                )
+
+    def row(self, row: Row) -> None:
         place = row.sample or row.problem
         for key in row.ignored:
-            self.ignored.setdefault(key, place.line if place else 0)
+            if key in self.ignored or len(self.ignored) < MOST_KINDS:
+                self.ignored.setdefault(key, place.line if place else 0)
         if row.problem:
-            self.report.errors.append(row.problem.located(self.path))
+            kinds = (kind for words, kind in _KINDS_OF_ERROR.items() if words in row.problem.reason)
+            self.report.error(next(kinds, "row"), row.problem.located(self.path))
         if row.sample:
-            self._sample(row.sample, pictures)
+            self._sample(row.sample)
 
-    def _sample(self, sample: Sample, pictures: dict[str, Picture]) -> None:
+    def _sample(self, sample: Sample) -> None:
         where = f"{self.path}:{sample.line}: sample {sample.index} (id {sample.id!r})"
-        unreadable = [found for name in sample.images if isinstance(found := pictures[name], str)]
+        unreadable = [found for name in sample.images if isinstance(found := self.pictures.get(name), str)]
         if unreadable:
-            self.report.errors.append(f"{where}: {'; '.join(unreadable)}")
+            self.report.error("picture", f"{where}: {'; '.join(unreadable)}")
+            return
+        try:
+            self.lengths.append(self._length(sample))
+        except DataError as error:
+            self.report.error("chat template", f"{where}: {error}")
             return
         self.report.samples += 1
         self.report.turns += sum(turn.role != "system" for turn in sample.turns)
-        self.kinds[sample.kind] += 1
-        first = self.ids.setdefault(sample.id, sample)
-        if first is not sample:
-            self.report.warnings.append(f"{where}: the same id as {_place(first)}")
-        said = hash_value([[turn.role, turn.text] for turn in sample.turns] + list(sample.images))
-        first = self.conversations.setdefault(said, sample)
-        if first is not sample:
-            self.report.warnings.append(f"{where}: the same pictures and conversation as {_place(first)}")
+        self.kinds[sample.kind if sample.kind in self.kinds or len(self.kinds) < MOST_KINDS else "(others)"] += 1
+        self._repeats(sample, where)
         for number, turn in enumerate(sample.turns):
-            if turn.role == "assistant" and turn.text != turn.text.strip():
-                self.report.warnings.append(f"{where}: the answer of turn {number} begins or ends with white space")
+            if turn.role != "assistant":
+                continue
+            self.balance.add(turn.text)
+            if turn.text != turn.text.strip():
+                self.report.warn("white space", f"{where}: the answer of turn {number} begins or ends with white space")
 
-    def finish(self, pictures: dict[str, Picture]) -> None:
+    def _repeats(self, sample: Sample, where: str) -> None:
+        place = Place(sample.index, sample.line)
+        if first := self.ids.first(print_of(sample.id), place):
+            self.report.warn("same id", f"{where}: the same id as {first}")
+        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *sample.images)
+        if first := self.conversations.first(said, place):
+            self.report.warn("duplicate", f"{where}: the same pictures and conversation as {first}")
+        if self.held_out and (held := self.held_out.questions.get(_question(sample, self.pictures))):
+            self.report.error(
+                "leak", f"{where}: the same pictures and question as {held} of {self.held_out.path}; remove one of them"
+            )
+
+    def _length(self, sample: Sample) -> int:
+        if self.processor is None:
+            return sum(len(turn.text) for turn in sample.turns)
+        return int(lengths.token_length(self.processor, sample, self.pictures.sizes(sample.images)))
+
+    def finish(self) -> None:
         report = self.report
         report.kinds = dict(sorted(self.kinds.items()))
-        sizes = {name: found for name, found in pictures.items() if not isinstance(found, str)}
-        report.pictures = len(sizes)
-        for name, (width, height) in sizes.items():
-            if max(width, height) > EXTREME_ASPECT_RATIO * min(width, height):
-                report.warnings.append(f"{self.path}: picture {name!r} is {width} x {height}, an extreme shape")
+        report.pictures = len(self.pictures)
+        for message in self.extreme:
+            report.warn("extreme shape", message)
         for key, line in self.ignored.items():
-            report.warnings.append(f"{self.path}:{line}: the key {key!r} is not known and not used (here first)")
-        if not report.samples and not report.errors:
-            report.errors.append(f"{self.path}: holds no sample")
+            report.warn("unknown key", f"{self.path}:{line}: the key {key!r} is not known and not used (here first)")
+        for message in self.balance.warnings():
+            report.warn("balance", f"{self.path}: {message}")
+        report.answers = self.balance.top()
+        report.lengths = self._distribution()
+        if cut := report.lengths.get("cut"):
+            report.warn("cut", f"{self.path}: {cut} samples are longer than {self.max_length} {report.lengths['unit']}")
+        if not report.samples and not report.error_count:
+            report.error("file", f"{self.path}: holds no sample")
 
-
-def _place(sample: Sample) -> str:
-    return f"sample {sample.index} in line {sample.line}"
-
-
-def describe_samples(
-    path: str | os.PathLike[str], media_root: str | os.PathLike[str] | None = None
-) -> Iterator[dict[str, Any]]:
-    """The samples of a data file as plain values, each picture with its size, or with why it is not readable.
-
-    Raises:
-        DataError: the file cannot be read, or a row is no sample.
-    """
-    path = Path(path)
-    root = Path(media_root) if media_root is not None else path.parent
-    for sample in read_samples(path):
-        pictures = [(name, read_picture("header", root, name)) for name in sample.images]
-        yield asdict(sample) | {
-            "images": [
-                {"name": name, "error": found}
-                if isinstance(found, str)
-                else {"name": name, "width": found[0], "height": found[1]}
-                for name, found in pictures
-            ]
-        }
+    def _distribution(self) -> dict[str, Any]:
+        if not self.lengths:
+            return {}
+        values = np.frombuffer(self.lengths, dtype=np.uint32)
+        cut = {} if self.max_length is None else {"cut": int((values > self.max_length).sum())}
+        median, p95 = (int(value) for value in np.percentile(values, (50, 95), method="higher"))
+        unit = "characters" if self.processor is None else "tokens"
+        return {"unit": unit, "min": int(values.min()), "median": median, "p95": p95, "max": int(values.max()), **cut}

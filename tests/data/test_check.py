@@ -1,13 +1,26 @@
 import json
+import random
+
+import numpy as np
+from PIL import Image
 
 from mmpeft.data.check import Report, check_data
+from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, difference_hash
 from tests.data.files import colour_set, gpt, human, picture, row, write_json, write_lines
 from tests.data.test_dataset import broken_png
+from tests.tiny import tiny_processor
 
 
 def test_a_good_file_is_counted(tmp_path):
     report = check_data(colour_set(tmp_path, count=4))
-    assert report == Report(samples=4, pictures=3, turns=8, kinds={"": 3, "sum": 1})
+    assert report == Report(
+        samples=4,
+        pictures=3,
+        turns=8,
+        kinds={"": 3, "sum": 1},
+        lengths={"unit": "characters", "min": 24, "median": 26, "p95": 29, "max": 29},
+        answers={"red": 1, "green": 1, "blue": 1, "Two, that is 2.": 1},
+    )
 
 
 def test_every_fault_of_rows_and_pixels_is_an_error(tmp_path):
@@ -61,3 +74,71 @@ def test_a_sample_that_stands_twice_is_found_in_a_file_of_one_line(tmp_path):
         f"{path}:1: sample 1 (id 'a'): the same id as sample 0 in line 1",
         f"{path}:1: sample 1 (id 'a'): the same pictures and conversation as sample 0 in line 1",
     ]
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)).resize((96, 96))
+
+
+def test_a_picture_that_looks_like_a_held_out_one_is_a_warning(tmp_path):
+    for name, seed in (("a.png", 1), ("b.png", 2), ("held.png", 1)):
+        noise(seed).save(tmp_path / name)
+    noise(1).resize((50, 50)).save(tmp_path / "a.jpg")
+    path = write_lines(tmp_path / "a.jsonl", [row(id=name, image=name) for name in ("a.jpg", "b.png", "a.png")])
+    held = write_lines(tmp_path / "held.jsonl", [row(id="h", image="held.png")])
+    report = check_data(path, eval_path=held)
+    assert (report.found["leak"], report.found["looks held out"]) == (1, 2)
+    assert report.errors == [
+        f"{path}:3: sample 2 (id 'a.png'): the same pictures and question as sample 0 in line 1 of {held}; "
+        "remove one of them"
+    ]
+    assert "picture 'a.jpg' looks like 'held.png'" in report.warnings[0]
+
+
+def test_near_hashes_are_found_and_far_ones_are_not():
+    chance = random.Random(0)
+    table, kept = NearTable(4), [chance.getrandbits(64) for _ in range(300)]
+    for number, value in enumerate(kept):
+        table.add(value, str(number))
+    for number, value in enumerate(kept):
+        for bits in range(7):
+            flipped = value
+            for bit in chance.sample(range(64), bits):
+                flipped ^= 1 << bit
+            assert table.find(flipped) == ((str(number), bits) if bits <= 4 else None)
+
+
+def test_a_flat_picture_has_no_difference_hash():
+    assert difference_hash(Image.new("RGB", (64, 64), "red")) is None
+    assert difference_hash(noise(3)) is not None
+
+
+def test_the_table_keeps_the_first_place_of_every_print():
+    table = PlaceTable()
+    chance = random.Random(0)
+    values = list({chance.getrandbits(64) for _ in range(5000)} - {0})
+    assert all(table.first(value, Place(index, index + 7)) is None for index, value in enumerate(values))
+    assert all(table.first(value, Place(0, 0)) == (index, index + 7) for index, value in enumerate(values))
+
+
+def test_messages_of_a_kind_are_bounded_and_counted(tmp_path):
+    report = check_data(write_lines(tmp_path / "a.jsonl", [row(id=str(number), image="x") for number in range(80)]))
+    assert (len(report.errors), report.error_count, report.found) == (50, 80, {"picture": 80})
+
+
+def test_one_answer_nearly_everywhere_and_rare_ones_are_warnings(tmp_path):
+    rows = [row(human(f"q{number}"), gpt("no" if number == 7 else "yes")) for number in range(30)]
+    report = check_data(write_lines(tmp_path / "a.jsonl", rows))
+    assert report.answers == {"yes": 29, "no": 1}
+    assert "97% of 30 short answers are 'yes'" in report.warnings[0]
+    assert "1 of 2 short answers stand under 3 times: 'no'" in report.warnings[1]
+
+
+def test_lengths_in_tokens_count_every_picture_token(tmp_path):
+    path = colour_set(tmp_path)
+    report = check_data(path, processor=tiny_processor(), max_length=30)
+    assert report.lengths["unit"] == "tokens"
+    bare = check_data(path, processor=tiny_processor(), open_media=False)
+    assert report.lengths["min"] - bare.lengths["min"] == 3
+    assert report.lengths["cut"] == 4
+    assert report.warnings == [f"{path}: 4 samples are longer than 30 tokens"]

@@ -1,0 +1,40 @@
+"""The first samples of a data file as plain values, for people to look at."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmpeft.data.formats import read_rows
+from mmpeft.data.pictures import read_picture
+from mmpeft.data.types import Sample
+
+
+def describe_samples(
+    path: str | os.PathLike[str], media_root: str | os.PathLike[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data file as plain values: a sample with its pictures' sizes, or `error`: why it is none.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    path = Path(path)
+    root = Path(media_root) if media_root is not None else path.parent
+    for row in read_rows(path):
+        if row.sample is not None:
+            yield _described(row.sample, root)
+        elif row.problem is not None:
+            yield {"index": row.problem.index, "line": row.problem.line, "error": row.problem.located(path)}
+
+
+def _described(sample: Sample, root: Path) -> dict[str, Any]:
+    pictures = [(name, read_picture("header", root, name)) for name in sample.images]
+    return asdict(sample) | {
+        "images": [
+            {"name": name, "error": found}
+            if isinstance(found, str)
+            else {"name": name, "width": found[0], "height": found[1]}
+            for name, found in pictures
+        ]
+    }
