@@ -189,7 +189,7 @@ def test_an_audio_tower_may_train_in_full_as_a_vision_tower_may():
 
 
 @families
-def test_a_padded_batch_gives_each_sample_the_loss_it_has_alone(family):
+def test_a_padded_batch_gives_each_sample_the_logits_it_has_alone(family):
     model, processor = QWEN[family]()
     modalities = family_of(model).modalities[:1]
     singles = [batch_of(processor, modalities, answer=answer) for answer in ("It is red.", "Blue, and some green too.")]
@@ -208,10 +208,6 @@ def test_a_padded_batch_gives_each_sample_the_loss_it_has_alone(family):
             torch.testing.assert_close(logits[row, :length], model(**single).logits[0], rtol=1e-5, atol=1e-5)
 
 
-SUPERVISED_ONLY = {name for name in QWEN if name not in ("qwen2_5_omni", "qwen2_audio")}
-"""Families whose forward takes `logits_to_keep`; the others compute every position's logits whatever it says."""
-
-
 @families
 def test_the_loss_of_the_supervised_positions_alone_is_the_loss(family):
     model, batch = built(family)
@@ -219,7 +215,7 @@ def test_the_loss_of_the_supervised_positions_alone_is_the_loss(family):
     with torch.no_grad():
         whole = model(**batch)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        if family not in SUPERVISED_ONLY:
+        if not family_of(model).supervised_logits:
             assert "logits_to_keep" not in inspect.signature(type(model).forward).parameters
             assert model(**inputs, logits_to_keep=supervised - 1).logits.shape == whole.logits.shape
             return
