@@ -15,6 +15,7 @@ from mmpeft.core.lazy import LazyModule
 
 checks = LazyModule("mmpeft.data.check")
 loading = LazyModule("mmpeft.models.load")
+mending = LazyModule("mmpeft.data.mend")
 showing = LazyModule("mmpeft.data.show")
 
 app = typer.Typer(no_args_is_help=True)
@@ -32,6 +33,9 @@ def check(
     max_length: Annotated[int | None, typer.Option(min=1, help="Count samples longer than this.")] = None,
     media: Annotated[bool, typer.Option(help="Decode every picture.")] = True,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; default: one a core.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a mended copy here, and its list of changes beside it.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every row and decode every picture; exit status 3 if anything cannot be used."""
@@ -49,10 +53,14 @@ def check(
             workers=workers,
             on_progress=lambda done: progress.update(task, completed=done),
         )
+    changes = mending.mend_data(path, fix, media_root, open_media=media) if fix else []
     if as_json:
-        print_json({"file": str(path), **asdict(report)})
+        print_json({"file": str(path), **asdict(report), **({"changes": len(changes)} if fix else {})})
     else:
         _show_report(human(as_json), report)
+    if fix:
+        done = ", ".join(f"{name}: {count}" for name, count in mending.count_changes(changes).items())
+        err.print(Text(f"mended copy {fix}, {len(changes)} changes ({done or 'none'}) listed in {fix}.changes.json"))
     if report.error_count:
         raise typer.Exit(EXIT_DATA)
 

@@ -97,6 +97,13 @@ def test_check_without_media_looks_for_no_picture(tmp_path):
     assert "cut 1" in result.stdout
 
 
+def test_check_writes_a_mended_copy(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [row(), row(image="no.png")])
+    assert invoke("check", path, "--fix", tmp_path / "b.jsonl").exit_code == 3
+    assert invoke("check", tmp_path / "b.jsonl").exit_code == 0
+    assert len(json.loads((tmp_path / "b.jsonl.changes.json").read_text())) == 1
+
+
 def test_checking_data_needs_neither_torch_nor_transformers():
     code = "import sys, mmpeft.data.check; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
