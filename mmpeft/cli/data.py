@@ -16,6 +16,7 @@ from mmpeft.core.lazy import LazyModule
 checks = LazyModule("mmpeft.data.check")
 loading = LazyModule("mmpeft.models.load")
 mending = LazyModule("mmpeft.data.mend")
+views = LazyModule("mmpeft.data.tokens_view")
 showing = LazyModule("mmpeft.data.show")
 
 app = typer.Typer(no_args_is_help=True)
@@ -92,9 +93,16 @@ def show(
     path: PathArgument,
     media_root: RootOption = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many samples.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Show the tokens that this model sees.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one HTML file; needs --model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the first samples as turns, with the names and sizes of their pictures."""
+    """Show the first samples as turns, or, with --model, as the tokens that the model sees."""
+    if html and not model:
+        raise typer.BadParameter("--html shows tokens and needs --model")
+    if model:
+        _show_tokens(path, media_root, count, model, html, as_json)
+        return
     samples = list(islice(showing.describe_samples(path, media_root), count))
     if as_json:
         print_json({"file": str(path), "samples": samples})
@@ -113,3 +121,26 @@ def show(
         for turn in sample["turns"]:
             label = Text(f"  {turn['role']:<10} ", style="cyan")
             console.print(label + Text(turn["text"].replace("\n", "\n" + " " * 13)), soft_wrap=True)
+
+
+def _show_tokens(path: Path, root: Path | None, count: int, model: str, html: Path | None, as_json: bool) -> None:
+    samples = list(islice(views.view_samples(path, loading.load_processor(model), root), count))
+    if html:
+        showing.write_page(html, str(path), samples)
+    if as_json:
+        print_json({"file": str(path), "samples": samples})
+        return
+    console = human(as_json)
+    styles = {"system": "yellow", "user": "cyan", "media": "magenta", "assistant": "bold green underline"}
+    for sample in samples:
+        if "error" in sample:
+            console.print(Text.assemble(("error: ", "red"), sample["error"]), soft_wrap=True)
+            continue
+        total = sum(piece["tokens"] for piece in sample["pieces"])
+        trained = sum(piece["tokens"] for piece in sample["pieces"] if piece["trained"])
+        heading = (
+            f"sample {sample['index']}  id {sample['id']!r}  line {sample['line']}  {total} tokens, {trained} trained"
+        )
+        console.print(Text(heading, style="bold"), soft_wrap=True)
+        pieces = [(piece["text"], styles[piece["role"]]) for piece in sample["pieces"]]
+        console.print(Text.assemble(*pieces), soft_wrap=True)

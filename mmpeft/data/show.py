@@ -1,11 +1,14 @@
 """The first samples of a data file as plain values, for people to look at."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+from mmpeft.core.files import write_text
 from mmpeft.data.formats import read_rows
 from mmpeft.data.pictures import read_picture
 from mmpeft.data.types import Sample
@@ -38,3 +41,15 @@ def _described(sample: Sample, root: Path) -> dict[str, Any]:
             for name, found in pictures
         ]
     }
+
+
+def write_page(out: Path, name: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write samples that `view_samples` gave as one HTML file; all text is escaped, scripts and requests forbidden.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmpeft.data", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    write_text(out, environment.get_template("show.html.j2").render(name=name, samples=samples))
