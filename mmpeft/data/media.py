@@ -31,6 +31,9 @@ MAX_IMAGE_PIXELS = 64_000_000
 MAX_IMAGE_SIDE = 20_000
 """Pixels of the longest side of a picture that is decoded."""
 
+MAX_ASPECT = 200
+"""Longest side over shortest of a picture that is decoded: the most that Qwen2-VL's `smart_resize` takes."""
+
 FORMATS = tuple(
     plugin.format
     for plugin in (
@@ -63,6 +66,24 @@ def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMA
             return _open(file, str(name), max_image_pixels).size
     except OSError as error:
         raise DataError(f"picture {str(name)!r} cannot be read: {error}") from error
+
+
+def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, ...]:
+    """What loading a picture leaves out, in a sentence each: the later frames of an animation.
+
+    Raises:
+        DataError: as `check_image`.
+    """
+    path = resolve_picture(name, root=root)
+    try:
+        with path.open("rb") as file:
+            frames = getattr(_open(file, str(name), max_image_pixels), "n_frames", 1)
+    except DataError:
+        raise
+    # Counting walks through the file: a corrupt one makes a plugin raise anything.
+    except Exception as error:
+        raise DataError(f"picture {str(name)!r} is corrupt or truncated: {_said(error)}") from error
+    return (f"picture {str(name)!r} has {frames} frames; the first is used",) if frames > 1 else ()
 
 
 def load_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -128,6 +149,11 @@ def _check_size(image: ImageFile, name: str, max_image_pixels: int) -> None:
         raise DataError(
             f"picture {name!r} is {width} x {height} pixels; the limits are {MAX_IMAGE_SIDE} a side and "
             f"{max_image_pixels} in all: scale it down"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(
+            f"picture {name!r} is {width} x {height} pixels, too thin: its sides may differ by a factor of "
+            f"{MAX_ASPECT} at most; cut it, or pad it"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.media import check_image, load_image
+from mmpeft.data.media import check_image, load_image, picture_notes
 from tests.data.files import picture
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
@@ -178,6 +178,17 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_image("a.gif", root=tmp_path).getpixel((0, 0)) == RED
+    assert picture_notes("a.gif", root=tmp_path) == ("picture 'a.gif' has 2 frames; the first is used",)
+    picture(tmp_path / "a.png")
+    assert picture_notes("a.png", root=tmp_path) == ()
+
+
+def test_a_very_thin_picture_is_refused(tmp_path):
+    picture(tmp_path / "a.png", size=(1000, 5))
+    picture(tmp_path / "b.png", size=(4, 1000))
+    assert load_image("a.png", root=tmp_path).size == (1000, 5)
+    for function in (check_image, load_image):
+        assert "'b.png' is 4 x 1000 pixels, too thin" in failure("b.png", tmp_path, function)
 
 
 def test_the_picture_does_not_need_its_file_any_more(tmp_path):
