@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from mmpeft.cli.data import app
 from tests.data.files import colour_set, gpt, human, row, write_lines
+from tests.tiny import tiny_processor
 
 
 def invoke(*arguments):
@@ -102,6 +103,15 @@ def test_check_writes_a_mended_copy(tmp_path):
     assert invoke("check", path, "--fix", tmp_path / "b.jsonl").exit_code == 3
     assert invoke("check", tmp_path / "b.jsonl").exit_code == 0
     assert len(json.loads((tmp_path / "b.jsonl.changes.json").read_text())) == 1
+
+
+def test_show_with_a_model_prints_tokens_and_writes_a_page(tmp_path):
+    tiny_processor().save_pretrained(tmp_path / "model")
+    result = invoke("show", colour_set(tmp_path), "-n", 1, "--model", tmp_path / "model", "--html", tmp_path / "a.html")
+    assert result.exit_code == 0, result.output
+    assert "<image> x 4" in result.stdout
+    assert "data:image/png" in (tmp_path / "a.html").read_text()
+    assert invoke("show", tmp_path / "train.json", "--html", tmp_path / "b.html").exit_code == 2
 
 
 def test_checking_data_needs_neither_torch_nor_transformers():
