@@ -23,6 +23,7 @@ import mmpeft
 from mmpeft.cli.main import app
 from mmpeft.config.recipe import Recipe
 from mmpeft.data.formats import parse_row
+from tests.plain import PRELUDE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -197,6 +198,7 @@ def test_the_page_runs_after_the_quickstart(name, quickstart):
             ran += 1
     for block in blocks(page, "python"):
         if block.file:
-            shell([sys.executable, block.file], quickstart)
+            program = f"{PRELUDE}\nimport runpy\nrunpy.run_path({block.file!r}, run_name='__main__')"
+            shell([sys.executable, "-c", program], quickstart)
             ran += 1
     assert ran

@@ -19,17 +19,31 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[str] | None, typer.Option(help="Picture to ask about; repeatable.", metavar="<path>")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Film to ask about; repeatable.", metavar="<path>")] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option(help="Recording to ask about; repeatable.", metavar="<path>")
+    ] = None,
     adapter: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a model about a picture."""
+    """Ask a model about a picture, a film or a recording."""
     loaded, processor = mmpeft.load_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
-    text = mmpeft.answer(loaded, processor, images=image or [], prompt=prompt, max_new_tokens=max_new_tokens)
+    text = mmpeft.answer(
+        loaded,
+        processor,
+        images=image or [],
+        videos=video or [],
+        audios=audio or [],
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+    )
     if as_json:
-        print_json({"answer": text, "prompt": prompt, "images": image or []})
+        print_json(
+            {"answer": text, "prompt": prompt, "images": image or [], "videos": video or [], "audios": audio or []}
+        )
     else:
         human(as_json).print(text, markup=False)
 

@@ -60,6 +60,22 @@ class ComposeConfig(_Block):
     vision_feature_layer: int = -2
 
 
+class MediaConfig(_Block):
+    """How much of films and recordings is decoded; kept with the adapter, for another rate is another model input."""
+
+    fps: float | None = Field(default=2.0, gt=0)
+    """Frames a second of a film that are used at most; null for no such limit."""
+    max_frames: int = Field(default=64, ge=1)
+    frame_pixels: int | None = Field(default=None, ge=1)
+    """Width x height to which frames are scaled down; null leaves that to the processor."""
+    sampling_rate: int = Field(default=16_000, ge=1_000)
+    max_seconds: float = Field(default=600.0, gt=0)
+    """Seconds of the longest recording."""
+    too_long: Literal["error", "cut"] = "error"
+    use_audio_in_video: bool = False
+    """Decode the audio tracks of films too, for models that hear."""
+
+
 class DataConfig(_Block):
     """Where the samples are, and what is done with one that cannot be used."""
 
@@ -71,6 +87,7 @@ class DataConfig(_Block):
     """Longest row in tokens, pictures included; a longer one is cut at its end, never inside a picture."""
     max_pixels: int | None = Field(default=None, ge=1)
     """Most pixels of a picture that the processor keeps; saved with the adapter's processor. Default: the model's."""
+    media: MediaConfig = MediaConfig()
     on_error: Literal["error", "skip"] = "error"
     max_skipped: float = Field(default=0.01, ge=0)
     """With `on_error: skip`, the most samples that may be skipped: a share of the file below 1, else a count."""

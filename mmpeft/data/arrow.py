@@ -1,9 +1,9 @@
-"""The rows of a data file as a memory-mapped `datasets.Dataset`: text and picture paths, never pixels.
+"""The rows of a data file as a memory-mapped `datasets.Dataset`: text and paths of media, never pixels.
 
 Each file is read once. Its rows lie in the Hugging Face datasets cache under the file's own SHA-256, so a
 changed file is another entry and every process of a run maps the same one:
 
-    $HF_DATASETS_CACHE/mmpeft/<sha-256>-json-v1.arrow
+    $HF_DATASETS_CACHE/mmpeft/<sha-256>-json-v2.arrow
     index  line  id    kind   images      turns                                  problem  ignored
     0      1     "s0"  ""     ["0.png"]   [{"role": "user", "text": …}, …]       ""       []
     1      9     "s1"  ""     []          []                                     "no …"   ["source"]
@@ -25,7 +25,7 @@ from mmpeft.data.problems import Problem
 from mmpeft.data.reading import check_file
 from mmpeft.data.types import Sample, Turn
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Goes up with every change of what a row becomes, so that entries of an older reader are not used."""
 
 FEATURES = datasets.Features(
@@ -35,6 +35,8 @@ FEATURES = datasets.Features(
         "id": datasets.Value("string"),
         "kind": datasets.Value("string"),
         "images": datasets.List(datasets.Value("string")),
+        "videos": datasets.List(datasets.Value("string")),
+        "audios": datasets.List(datasets.Value("string")),
         "turns": datasets.List({"role": datasets.Value("string"), "text": datasets.Value("string")}),
         "problem": datasets.Value("string"),
         "ignored": datasets.List(datasets.Value("string")),
@@ -94,6 +96,8 @@ def _record(row: Row) -> dict[str, Any]:
         "id": place.id,
         "kind": sample.kind if sample else "",
         "images": list(sample.images) if sample else [],
+        "videos": list(sample.videos) if sample else [],
+        "audios": list(sample.audios) if sample else [],
         "turns": [{"role": turn.role, "text": turn.text} for turn in sample.turns] if sample else [],
         "problem": _storable(problem.reason) if problem else "",
         "ignored": [_storable(key) for key in row.ignored],
@@ -115,6 +119,8 @@ def row_of(record: Mapping[str, Any]) -> Row:
         id=record["id"],
         turns=tuple(Turn(role=turn["role"], text=turn["text"]) for turn in record["turns"]),
         images=tuple(record["images"]),
+        videos=tuple(record["videos"]),
+        audios=tuple(record["audios"]),
         kind=record["kind"],
         index=record["index"],
         line=record["line"],

@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from mmpeft.core.errors import DataError
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.encode import Encoded, encode_sample
-from mmpeft.data.media import MAX_IMAGE_PIXELS, load_image
+from mmpeft.data.load_media import MediaLimits, load_media
 from mmpeft.data.pictures import Verify
 from mmpeft.data.problems import LISTED, Problem, problems_error
-from mmpeft.data.types import PLACEHOLDERS, Media, Question, Sample, SkippedSample
+from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class MultimodalDataset(Dataset[Encoded]):
 
     Attributes:
         path: the data file.
-        media_root: the folder that picture paths are relative to.
+        media_root: the folder that media paths are relative to.
+        limits: how much of each medium is decoded.
         fingerprint: SHA-256 (hex) of the data file's bytes.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
@@ -43,13 +44,13 @@ class MultimodalDataset(Dataset[Encoded]):
         media_root: Path,
         processor: Any,
         max_length: int | None,
-        max_image_pixels: int,
+        limits: MediaLimits,
         fingerprint: str,
         skipped: Sequence[SkippedSample],
         truncated: int,
     ) -> None:
         self._rows, self._processor = rows, processor
-        self._max_length, self._max_image_pixels = max_length, max_image_pixels
+        self._max_length, self.limits = max_length, limits
         self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
         self.skipped, self.truncated = list(skipped), truncated
 
@@ -60,15 +61,12 @@ class MultimodalDataset(Dataset[Encoded]):
         """Sample `index`, encoded.
 
         Raises:
-            DataError: its pictures cannot be decoded: names file, line, sample and reason.
+            DataError: its media cannot be decoded: names file, line, sample and reason.
         """
         sample = self.sample(index)
         try:
-            images = [
-                load_image(name, root=self.media_root, max_image_pixels=self._max_image_pixels)
-                for name in sample.images
-            ]
-            return encode_sample(self._processor, sample, Media(images=images), self._max_length)
+            media = load_media(sample, root=self.media_root, limits=self.limits)
+            return encode_sample(self._processor, sample, media, self._max_length)
         except DataError as error:
             problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
             raise DataError(problem.located(self.path)) from error
@@ -123,7 +121,7 @@ def load_dataset(
     on_error: Literal["error", "skip"] = "error",
     max_skipped: float = 0.01,
     verify: Verify | None = None,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    limits: MediaLimits | None = None,
 ) -> MultimodalDataset:
     """A LLaVA JSON or JSONL file as a data set that `transformers.Trainer` takes.
 
@@ -138,7 +136,7 @@ def load_dataset(
         verify: how far pictures are read up front: `header` (the default under `error`; a picture that is broken
             further on raises when it is taken) or `decode` (the default under `skip`, so that every process
             leaves out the same samples).
-        max_image_pixels: a larger picture is not decoded.
+        limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
 
     Raises:
         DataError: samples that cannot be used, listed together; too many of them; or none left.
@@ -147,13 +145,14 @@ def load_dataset(
     path = Path(path)
     root = (Path(media_root) if media_root is not None else path.parent).resolve()
     rows, fingerprint = cached_rows(path)
+    limits = limits or MediaLimits()
     findings = verify_rows(
         map(row_of, rows),
         processor=processor,
         media_root=root,
         max_length=max_length,
         verify=verify or ("decode" if on_error == "skip" else "header"),
-        max_image_pixels=max_image_pixels,
+        limits=limits,
     )
     for key, line in findings.ignored.items():
         logger.warning("%s:%d: the key %r is not known and not used (here first)", path, line, key)
@@ -171,7 +170,7 @@ def load_dataset(
         media_root=root,
         processor=processor,
         max_length=max_length,
-        max_image_pixels=max_image_pixels,
+        limits=limits,
         fingerprint=fingerprint,
         skipped=[
             SkippedSample(file=str(path), index=problem.index, line=problem.line, reason=problem.reason)

@@ -6,7 +6,8 @@ r"""LLaVA's layout of a data file: rows of `id`, `image`, `conversations`, check
 
 `image` (or `images`) is one path or a list of them. Every picture has its `<image>` in a human turn, in
 order; only where a sample has exactly one picture and no `<image>` at all is the picture put before the first
-human turn's text. `from` may also say `user` or `assistant`. `id` and `kind` may be absent.
+human turn's text. `video` and `<video>`, `audio` and `<audio>` are the same for films and
+recordings. `from` may also say `user` or `assistant`. `id` and `kind` may be absent.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,10 @@ from typing import Any
 
 from mmpeft.config.names import did_you_mean, nearest
 from mmpeft.core.errors import DataError
+from mmpeft.core.types import MODALITIES, Modality
 from mmpeft.data.problems import Problem
 from mmpeft.data.reading import Located, read_objects
-from mmpeft.data.types import IMAGE_PLACEHOLDER, Role, Sample, Turn
+from mmpeft.data.types import PLACEHOLDERS, WORDS, Role, Sample, Turn
 
 ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -27,7 +29,10 @@ ROLES: Mapping[str, Role] = {
     "user": "user",
     "assistant": "assistant",
 }
-ROW_KEYS = ("id", "image", "images", "conversations", "kind")
+MEDIA_KEYS: Mapping[Modality, tuple[str, ...]] = {modality: (modality, f"{modality}s") for modality in MODALITIES}
+"""The keys of a row that hold paths of media: one path, or a list of them."""
+
+ROW_KEYS = ("id", *(key for keys in MEDIA_KEYS.values() for key in keys), "conversations", "kind")
 TURN_KEYS = ("from", "value")
 
 
@@ -111,12 +116,16 @@ def _sample(row: Any, *, index: int, line: int) -> Sample:
     name = row.get("id")
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
-    images = _images(row)
-    turns = _turns(row, images)
+    media = {modality: _paths(row, modality) for modality in MODALITIES}
+    turns = _turns(row, any(media.values()))
+    for modality, paths in media.items():
+        turns = _with_media(turns, modality, len(paths))
     return Sample(
         id=_text(name, "`id`") if name not in (None, "") else str(index),
-        turns=_with_pictures(turns, len(images)),
-        images=images,
+        turns=turns,
+        images=media["image"],
+        videos=media["video"],
+        audios=media["audio"],
         kind=_text(row["kind"], "`kind`") if row.get("kind") is not None else "",
         index=index,
         line=line,
@@ -142,10 +151,10 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
-    found = [key for key in ("image", "images") if row.get(key) is not None]
+def _paths(row: Mapping[str, Any], modality: Modality) -> tuple[str, ...]:
+    found = [key for key in MEDIA_KEYS[modality] if row.get(key) is not None]
     if len(found) == 2:
-        raise _UnusableError("both `image` and `images` are given; keep one of them")
+        raise _UnusableError(f"both `{found[0]}` and `{found[1]}` are given; keep one of them")
     if not found:
         return ()
     key, value = found[0], row[found[0]]
@@ -154,21 +163,21 @@ def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
         wrong = next(item for item in values if not isinstance(item, str))
         raise _UnusableError(f"`{key}` holds {_kind_of(wrong)}; expected a path or a list of paths")
     if any(not item.strip() for item in values):
-        raise _UnusableError(f"`{key}` holds an empty path; write the picture's path, or leave `{key}` out")
+        raise _UnusableError(f"`{key}` holds an empty path; write the {WORDS[modality]}'s path, or leave `{key}` out")
     return tuple(_text(item, f"`{key}`") for item in values)
 
 
-def _turns(row: Mapping[str, Any], images: tuple[str, ...]) -> tuple[Turn, ...]:
+def _turns(row: Mapping[str, Any], media: bool) -> tuple[Turn, ...]:
     if row.get("conversations") is None:
         close = nearest("conversations", [key for key in row if key not in ROW_KEYS])
         hint = f"; did you mean `conversations` by `{close[0]}`?" if close else "; add human and gpt turns"
-        picture = "a picture, but " if images else ""
+        picture = f"{_held(row)}, but " if media else ""
         raise _UnusableError(f"{picture}no `conversations`{hint}")
     conversations = row["conversations"]
     if not isinstance(conversations, list):
         raise _UnusableError(f"`conversations` is {_kind_of(conversations)}; expected a list of turns")
     if not conversations:
-        picture = "a picture, but " if images else ""
+        picture = f"{_held(row)}, but " if media else ""
         raise _UnusableError(f"{picture}an empty conversation; expected at least a human turn and a gpt turn")
     turns = tuple(_turn(item, number) for number, item in enumerate(conversations))
     _check_order(turns)
@@ -213,22 +222,28 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
         )
 
 
-def _with_pictures(turns: tuple[Turn, ...], pictures: int) -> tuple[Turn, ...]:
-    """The turns with one placeholder a picture, in human turns only."""
+def _held(row: Mapping[str, Any]) -> str:
+    """The first medium of a row, for a message."""
+    return next(f"a {WORDS[name]}" for name, keys in MEDIA_KEYS.items() if any(row.get(key) for key in keys))
+
+
+def _with_media(turns: tuple[Turn, ...], modality: Modality, count: int) -> tuple[Turn, ...]:
+    """The turns with one placeholder a medium of this modality, in human turns only."""
+    placeholder, word = PLACEHOLDERS[modality], WORDS[modality]
     for number, turn in enumerate(turns):
-        if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
+        if turn.role != "user" and placeholder in turn.text:
             raise _UnusableError(
-                f"turn {number} ({turn.role}) holds {IMAGE_PLACEHOLDER}; pictures stand in human turns only: "
+                f"turn {number} ({turn.role}) holds {placeholder}; {word}s stand in human turns only: "
                 "remove it, or move it"
             )
-    found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if found == pictures:
+    found = sum(turn.text.count(placeholder) for turn in turns)
+    if found == count:
         return turns
-    if pictures == 1 and found == 0:
+    if count == 1 and found == 0:
         first = next(number for number, turn in enumerate(turns) if turn.role == "user")
-        opened = Turn(role="user", text=f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
+        opened = Turn(role="user", text=f"{placeholder}\n{turns[first].text}")
         return (*turns[:first], opened, *turns[first + 1 :])
     raise _UnusableError(
-        f"{pictures} picture{'' if pictures == 1 else 's'} but {found} {IMAGE_PLACEHOLDER} "
-        f"placeholder{'' if found == 1 else 's'}; write one {IMAGE_PLACEHOLDER} for each picture, in order"
+        f"{count} {word}{'' if count == 1 else 's'} but {found} {placeholder} "
+        f"placeholder{'' if found == 1 else 's'}; write one {placeholder} for each {word}, in order"
     )

@@ -17,6 +17,9 @@ IMAGE_PLACEHOLDER = "<image>"
 PLACEHOLDERS: Mapping[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
 """What marks a picture's, a video's and a recording's place."""
 
+WORDS: Mapping[Modality, str] = {"image": "picture", "video": "video", "audio": "recording"}
+"""What messages call a medium."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

@@ -1,5 +1,6 @@
 """What keeps samples from being used, found before training begins, in the same way by every process."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,14 +9,19 @@ from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.data.audio import check_audio
 from mmpeft.data.chat import check_texts, control_tokens, render_chat
 from mmpeft.data.encode import cut_before_media
 from mmpeft.data.expand import picture_length
 from mmpeft.data.formats import Row
 from mmpeft.data.labels import LabelledTokens, answers_of, conversation_of, count_media, label_conversation
+from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.pictures import Picture, Verify, read_picture, with_pictures
 from mmpeft.data.problems import Problem
 from mmpeft.data.types import PLACEHOLDERS, Sample
+from mmpeft.data.video import check_video
+
+_CACHED = 65_536
 
 
 @dataclass(kw_only=True)
@@ -40,7 +46,7 @@ def verify_rows(
     media_root: Path,
     max_length: int | None,
     verify: Verify,
-    max_image_pixels: int,
+    limits: MediaLimits,
 ) -> Findings:
     """Check structure, texts, chat template, pictures and lengths of all rows.
 
@@ -50,7 +56,7 @@ def verify_rows(
     """
     findings = Findings()
     texts = _Texts(processor, max_length)
-    read = partial(read_picture, verify, media_root, max_image_pixels=max_image_pixels)
+    read = partial(read_picture, verify, media_root, max_image_pixels=limits.max_image_pixels)
     for window, pictures in with_pictures(rows, read):
         for row in window:
             sample = row.sample
@@ -62,6 +68,7 @@ def verify_rows(
                 continue
             try:
                 sizes = [_size(pictures[name]) for name in sample.images]
+                _check_films_and_recordings(sample, media_root, limits)
                 findings.truncated += texts.check(sample, sizes)
             except DataError as error:
                 findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
@@ -72,6 +79,22 @@ def _size(picture: Picture) -> tuple[int, int]:
     if isinstance(picture, str):
         raise DataError(picture)
     return picture
+
+
+def _check_films_and_recordings(sample: Sample, root: Path, limits: MediaLimits) -> None:
+    for name in sample.videos:
+        _video_facts(name, root)
+    for name in sample.audios:
+        facts = _audio_facts(name, root)
+        if limits.too_long == "error" and facts.duration > limits.max_seconds:
+            raise DataError(
+                f"audio file {name!r} lasts {facts.duration:.0f} s; the limit is {limits.max_seconds:.0f} s: cut "
+                "it, or allow more"
+            )
+
+
+_video_facts = functools.lru_cache(maxsize=_CACHED)(lambda name, root: check_video(name, root=root))
+_audio_facts = functools.lru_cache(maxsize=_CACHED)(lambda name, root: check_audio(name, root=root))
 
 
 class _Texts:
@@ -90,14 +113,16 @@ class _Texts:
             (turn.role, *(turn.text.count(placeholder) for placeholder in PLACEHOLDERS.values()))
             for turn in sample.turns
         )
-        lengths = [picture_length(self.processor, size) for size in sizes] if self.max_length else []
-        if shape in self.good_shapes and self._surely_fits(sample, lengths):
+        # How many tokens a film or a recording takes is known once it is decoded; `encode_sample` cuts it then.
+        measured = self.max_length is not None and not sample.videos and not sample.audios
+        lengths = [picture_length(self.processor, size) for size in sizes] if measured else []
+        if shape in self.good_shapes and (not measured or self._surely_fits(sample, lengths)):
             return False
         conversation = conversation_of(self.processor, sample.turns)
         count_media(self.processor, conversation, {name: len(paths) for name, paths in sample.media.items()})
         tokens = label_conversation(self.processor, conversation, answers_of(sample.turns))
         self.good_shapes.add(shape)
-        if self.max_length is None:
+        if self.max_length is None or not measured:
             return False
         tokens = _stretched(tokens, lengths)
         cut_before_media(tokens, self.max_length, control_tokens(self.processor).ids)

@@ -11,13 +11,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError
+from mmpeft.core.types import Modality
 from mmpeft.data.chat import control_tokens, render_chat
 from mmpeft.data.collate import TEXT_ALIGNED, join_media
 from mmpeft.data.encode import Encoded, encode_prompt
 from mmpeft.data.expand import picture_length
+from mmpeft.data.load_media import MediaLimits, load_media
 from mmpeft.data.media import check_image, load_image, to_rgb
-from mmpeft.data.roots import is_url
-from mmpeft.data.types import IMAGE_PLACEHOLDER, Media, Question, Turn
+from mmpeft.data.roots import is_url, resolve_inside
+from mmpeft.data.types import PLACEHOLDERS, WORDS, Media, Question, Turn
 
 
 def answer_questions(
@@ -26,6 +28,7 @@ def answer_questions(
     questions: Sequence[Question],
     *,
     media_root: Path,
+    limits: MediaLimits | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
@@ -36,7 +39,8 @@ def answer_questions(
     The model is in eval mode meanwhile; afterwards each of its modules is in the mode it was in.
 
     Args:
-        media_root: folder of the pictures.
+        media_root: folder of the media.
+        limits: how much of each medium is decoded; default: `MediaLimits()`.
         max_new_tokens: an answer's longest length in tokens; it also ends at the model's end-of-turn token.
         batch_size: questions that go through the model at once.
         on_batch: called after each batch with the number of questions in it.
@@ -44,12 +48,13 @@ def answer_questions(
     Raises:
         DataError: a picture that cannot be read, or a prompt that holds a control token; names the question.
     """
+    limits = limits or MediaLimits()
     lengths = [_length(processor, question, media_root) for question in questions]
     order = sorted(range(len(questions)), key=lambda index: -lengths[index])
     answers = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [_encode_question(processor, questions[index], media_root) for index in chosen]
+        rows = [_encode_question(processor, questions[index], media_root, limits) for index in chosen]
         for index, text in zip(chosen, _generate(model, processor, rows, max_new_tokens), strict=True):
             answers[index] = text
         if on_batch is not None:
@@ -62,29 +67,63 @@ def answer(
     processor: Any,
     *,
     images: Sequence[str | Path | Image.Image] = (),
+    videos: Sequence[str | Path] = (),
+    audios: Sequence[str | Path] = (),
     prompt: str,
+    limits: MediaLimits | None = None,
     max_new_tokens: int = 128,
 ) -> str:
-    """The model's greedy answer to one prompt about any number of pictures.
+    """The model's greedy answer to one prompt about any number of pictures, films and recordings.
 
     Args:
         images: paths or PIL pictures; they stand before the text, unless the prompt says where by `<image>`.
+        videos, audios: paths; as pictures, by `<video>` and `<audio>`.
         prompt: the question.
+        limits: how much of each medium is decoded; default: `MediaLimits()`.
 
     Raises:
         DataError: a picture that cannot be read, a count of `<image>` that is not that of the pictures, or a
             prompt that holds a control token.
     """
-    marks = prompt.count(IMAGE_PLACEHOLDER)
-    if marks not in (0, len(images)):
-        raise DataError(
-            f"the prompt holds {marks} {IMAGE_PLACEHOLDER} for {len(images)} pictures; "
-            "expected one for each, or none: the pictures then stand before the text"
-        )
-    text = prompt if marks else IMAGE_PLACEHOLDER * len(images) + prompt
-    pictures = [_picture(image) for image in images]
-    row = encode_prompt(processor, [Turn(role="user", text=text)], Media(images=pictures))
+    limits = limits or MediaLimits()
+    given: dict[Modality, Sequence[Any]] = {"image": images, "video": videos, "audio": audios}
+    text = "".join(_placed_before(prompt, modality, len(media)) for modality, media in given.items()) + prompt
+    media = Media(
+        images=[_picture(image) for image in images],
+        videos=[
+            video
+            for path in map(_local_file, videos)
+            for video in load_media(
+                Question(id="", prompt=(), reference="", videos=(path.name,)), root=path.parent, limits=limits
+            ).videos
+        ],
+        audios=[
+            audio
+            for path in map(_local_file, audios)
+            for audio in load_media(
+                Question(id="", prompt=(), reference="", audios=(path.name,)), root=path.parent, limits=limits
+            ).audios
+        ],
+    )
+    row = encode_prompt(processor, [Turn(role="user", text=text)], media)
     return _generate(model, processor, [row], max_new_tokens)[0]
+
+
+def _placed_before(prompt: str, modality: Modality, count: int) -> str:
+    """The placeholders to put before a prompt that holds none of its own."""
+    marks = prompt.count(PLACEHOLDERS[modality])
+    if marks not in (0, count):
+        raise DataError(
+            f"the prompt holds {marks} {PLACEHOLDERS[modality]} for {count} {WORDS[modality]}s; "
+            f"expected one for each, or none: the {WORDS[modality]}s then stand before the text"
+        )
+    return "" if marks else PLACEHOLDERS[modality] * count
+
+
+def _local_file(path: str | Path) -> Path:
+    if is_url(str(path)):
+        raise DataError(f"{str(path)!r} is a URL, and URLs are off: download it and give its path")
+    return Path(path).resolve()
 
 
 def _picture(image: str | Path | Image.Image) -> Image.Image:
@@ -101,13 +140,17 @@ def _length(processor: Any, question: Question, media_root: Path) -> int:
     with _naming(question):
         text = render_chat(processor, question.prompt, add_generation_prompt=True)
         pictures = sum(picture_length(processor, check_image(name, root=media_root)) for name in question.images)
-    return len(processor.tokenizer(text, verbose=False)["input_ids"]) + pictures
+        # Films and recordings are not opened for it: their size on disk says which of them are alike.
+        others = sum(
+            resolve_inside(name, root=media_root, kind="medium").stat().st_size // 1024
+            for name in (*question.videos, *question.audios)
+        )
+    return len(processor.tokenizer(text, verbose=False)["input_ids"]) + pictures + others
 
 
-def _encode_question(processor: Any, question: Question, media_root: Path) -> Encoded:
+def _encode_question(processor: Any, question: Question, media_root: Path, limits: MediaLimits) -> Encoded:
     with _naming(question):
-        pictures = [load_image(name, root=media_root) for name in question.images]
-        return encode_prompt(processor, question.prompt, Media(images=pictures))
+        return encode_prompt(processor, question.prompt, load_media(question, root=media_root, limits=limits))
 
 
 @contextlib.contextmanager

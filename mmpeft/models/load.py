@@ -24,6 +24,7 @@ from transformers import (
 
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
+from mmpeft.families.registry import FAMILIES, trained_model
 from mmpeft.models.checkpoints import check_complete, check_name, load_weights, looks_like_path, reading
 from mmpeft.models.devices import pick_device, pick_dtype
 from mmpeft.models.modeling_composed import ComposedConfig
@@ -194,7 +195,7 @@ def _load_base(name: str, *, dtype: torch.dtype | str, trust_remote_code: bool) 
     with reading(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     model, missing = load_weights(
-        model_class(config, name),
+        _loader(config, name),
         name,
         kind="vision-language model",
         dtype=dtype,
@@ -205,7 +206,7 @@ def _load_base(name: str, *, dtype: torch.dtype | str, trust_remote_code: bool) 
     return model
 
 
-def model_class(config: Any, name: str) -> Any:
+def auto_class(config: Any, name: str) -> Any:
     """The Auto class that builds a model of this configuration.
 
     Raises:
@@ -222,12 +223,19 @@ def model_class(config: Any, name: str) -> Any:
     )
 
 
-def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter on its base, every tensor of it in its place.
+def _loader(config: Any, name: str) -> Any:
+    """What reads a model of this configuration: the family's own loader, else an Auto class."""
+    own = (spec.loaders[config.model_type] for spec in FAMILIES if config.model_type in spec.loaders)
+    return next(own, None) or auto_class(config, name)
+
+
+def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter on its base (of an omni model: on its thinker), every tensor of it in its place.
 
     Raises:
         AdapterError: modules, shapes or names differ from the base's; names examples.
     """
+    model = trained_model(base)
     try:
         with warnings.catch_warnings():
             # `_check_keys` says it as an error; peft 0.21 only warns.

@@ -11,7 +11,7 @@ from mmpeft.config.recipe import ComposeConfig, Recipe
 from mmpeft.core.files import read_json
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.compose import compose_model
-from mmpeft.models.load import FACTS_NAME, model_class
+from mmpeft.models.load import FACTS_NAME, auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -49,4 +49,4 @@ def skeleton(base: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model without its weights (on the meta device): enough to count and name its parameters."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return model_class(config, base).from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config, base).from_config(config, trust_remote_code=trust_remote_code)

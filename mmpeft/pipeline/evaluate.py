@@ -50,6 +50,7 @@ def evaluate_model(
         processor,
         [questions[index] for index in mine],
         media_root=dataset.media_root,
+        limits=dataset.limits,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         on_batch=on_batch,

@@ -1,6 +1,8 @@
 """Input hashes: what a stage depends on, so that it runs again when, and only when, one of these changed."""
 
 import logging
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +54,14 @@ def base_hash(recipe: Recipe) -> str:
 
 
 def data_hash(dataset: MultimodalDataset) -> str:
-    """Of a data set: its file's content, and size and time of each picture."""
-    pictures = {}
+    """Of a data set: its file's content, size and time of each medium, and how much of it is decoded."""
+    media = {}
     for index in range(len(dataset)):
-        for image in dataset.sample(index).images:
-            if image not in pictures:
-                stat = (dataset.media_root / image).stat()
-                pictures[image] = [stat.st_size, stat.st_mtime_ns]
-    return hash_value([dataset.fingerprint, pictures, len(dataset)])
+        for name in chain.from_iterable(dataset.sample(index).media.values()):
+            if name not in media:
+                stat = (dataset.media_root / name).stat()
+                media[name] = [stat.st_size, stat.st_mtime_ns]
+    return hash_value([dataset.fingerprint, media, len(dataset), asdict(dataset.limits)])
 
 
 def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) -> str:

@@ -21,6 +21,7 @@ from mmpeft.core.files import ensure_directory, read_json, write_json, write_tex
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.data.dataset import MultimodalDataset, load_dataset
+from mmpeft.data.load_media import MediaLimits
 from mmpeft.export.card import render_card
 from mmpeft.families.registry import family_of
 from mmpeft.methods.checkpoint import copy_adapter
@@ -129,8 +130,8 @@ class _Position:
 
 
 def _check_pictures(recipe: Recipe, dataset: MultimodalDataset) -> None:
-    """A stage that trains only what carries pictures would learn nothing from a file without one."""
-    if any(dataset.sample(index).images for index in range(len(dataset))):
+    """A stage that trains only what carries media would learn nothing from a file without one."""
+    if any(any(dataset.sample(index).media.values()) for index in range(len(dataset))):
         return
     for stage in recipe.stages:
         if stage.train.get("language", "frozen") == "frozen":
@@ -205,6 +206,7 @@ class _Run:
             media_root=data.media_root,
             processor=self.processor,
             max_length=data.max_length,
+            limits=MediaLimits(**data.media.model_dump()),
             on_error=data.on_error,
             max_skipped=data.max_skipped,
         )

@@ -118,7 +118,7 @@ def test_the_table_keeps_the_first_place_of_every_print():
     chance = random.Random(0)
     values = list({chance.getrandbits(64) for _ in range(5000)} - {0})
     assert all(table.first(value, Place(index, index + 7)) is None for index, value in enumerate(values))
-    assert all(table.first(value, Place(0, 0)) == (index, index + 7) for index, value in enumerate(values))
+    assert all(table.first(value, Place(0, 0)) == Place(index, index + 7) for index, value in enumerate(values))
 
 
 def test_messages_of_a_kind_are_bounded_and_counted(tmp_path):

@@ -285,7 +285,7 @@ def test_workers_open_the_pictures(path, processor, monkeypatch):
         assert os.getpid() != parent
         return load_image(*arguments, **options)
 
-    monkeypatch.setattr("mmpeft.data.dataset.load_image", only_in_workers)
+    monkeypatch.setattr("mmpeft.data.load_media.load_image", only_in_workers)
     loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=MultimodalCollator(processor))
     batches = list(loader)
     for one, other in zip(batches, alone, strict=True):

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections import defaultdict
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,8 @@ _BANDS, _BAND_BITS = 4, 16
 _LINE_SHIFT = 32
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """Where a sample stands: its row from 0, its line from 1."""
 
     index: int
