@@ -16,6 +16,7 @@ from mmpeft.data.checks.balance import Balance
 from mmpeft.data.checks.pictures import Pictures, Seen
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, print_of
 from mmpeft.data.formats import Row, read_rows
+from mmpeft.data.load_media import MediaLimits, check_films_and_recordings
 from mmpeft.data.types import Sample
 
 # Lazy, for it brings torch, which a check without a model can do without.
@@ -117,7 +118,7 @@ def check_data(
     held_out = _HeldOut(open_media, workers) if eval_path is not None else None
     report = Report()
     pictures = Pictures(root or path.parent, workers=workers)
-    check = _Check(path, report, pictures, held_out, processor, max_length)
+    check = _Check(path, report, pictures, held_out, processor, max_length, open_media)
     done = 0
     try:
         if held_out is not None and eval_path is not None:
@@ -180,7 +181,9 @@ class _Check:
         held_out: _HeldOut | None,
         processor: Any,
         max_length: int | None,
+        open_media: bool,
     ) -> None:
+        self.open_media = open_media
         self.path, self.report, self.pictures, self.held_out = path, report, pictures, held_out
         self.processor, self.max_length = processor, max_length
         self.ids, self.conversations = PlaceTable(), PlaceTable()
@@ -222,6 +225,12 @@ class _Check:
         if unreadable:
             self.report.error("picture", f"{where}: {'; '.join(unreadable)}")
             return
+        if self.open_media:
+            try:
+                check_films_and_recordings(sample, self.pictures.root, MediaLimits())
+            except DataError as error:
+                self.report.error("film or recording", f"{where}: {error}")
+                return
         try:
             self.lengths.append(self._length(sample))
         except DataError as error:
@@ -242,7 +251,8 @@ class _Check:
         place = Place(sample.index, sample.line)
         if first := self.ids.first(print_of(sample.id), place):
             self.report.warn("same id", f"{where}: the same id as {first}")
-        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *sample.images)
+        names = (*sample.images, *sample.videos, *sample.audios)
+        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names)
         if first := self.conversations.first(said, place):
             self.report.warn("duplicate", f"{where}: the same pictures and conversation as {first}")
         if self.held_out and (held := self.held_out.questions.get(_question(sample, self.pictures))):

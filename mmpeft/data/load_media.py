@@ -1,12 +1,17 @@
 """A sample's media, decoded within limits; runs in the workers of a DataLoader, and in threads."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from mmpeft.core.errors import DataError
 from mmpeft.data.audio import MAX_SECONDS, AudioFacts, TooLong, check_audio, load_audio
 from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image
 from mmpeft.data.types import Media, Question, Sample
 from mmpeft.data.video import VideoFacts, check_video, load_video
+
+_CACHED = 65_536
+"""Films and recordings whose headers are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +91,33 @@ def check_media(sample: Sample, *, root: Path, limits: MediaLimits) -> MediaFact
         videos=tuple(check_video(name, root=root) for name in sample.videos),
         audios=tuple(check_audio(name, root=root) for name in sample.audios),
     )
+
+
+@lru_cache(maxsize=_CACHED)
+def film_facts(name: str, root: Path) -> VideoFacts:
+    """`check_video`, once for each film of a data file."""
+    return check_video(name, root=root)
+
+
+@lru_cache(maxsize=_CACHED)
+def recording_facts(name: str, root: Path) -> AudioFacts:
+    """`check_audio`, once for each recording of a data file."""
+    return check_audio(name, root=root)
+
+
+def check_films_and_recordings(sample: Sample, root: Path, limits: MediaLimits) -> None:
+    """Read the headers of a sample's films and recordings, each file once.
+
+    Raises:
+        DataError: one is missing, outside `root`, unreadable or too long; names it.
+        MissingDependencyError: a medium needs a library that is not installed.
+    """
+    for name in sample.videos:
+        film_facts(name, root)
+    for name in sample.audios:
+        facts = recording_facts(name, root)
+        if limits.too_long == "error" and facts.duration > limits.max_seconds:
+            raise DataError(
+                f"audio file {name!r} lasts {facts.duration:.0f} s; the limit is {limits.max_seconds:.0f} s: cut it, "
+                "or allow more"
+            )

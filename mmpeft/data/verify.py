@@ -1,6 +1,5 @@
 """What keeps samples from being used, found before training begins, in the same way by every process."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,19 +8,15 @@ from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
-from mmpeft.data.audio import check_audio
 from mmpeft.data.chat import check_texts, control_tokens, render_chat
 from mmpeft.data.encode import cut_before_media
 from mmpeft.data.expand import picture_length
 from mmpeft.data.formats import Row
 from mmpeft.data.labels import LabelledTokens, answers_of, conversation_of, count_media, label_conversation
-from mmpeft.data.load_media import MediaLimits
+from mmpeft.data.load_media import MediaLimits, check_films_and_recordings
 from mmpeft.data.pictures import Picture, Verify, read_picture, with_pictures
 from mmpeft.data.problems import Problem
 from mmpeft.data.types import PLACEHOLDERS, Sample
-from mmpeft.data.video import check_video
-
-_CACHED = 65_536
 
 
 @dataclass(kw_only=True)
@@ -68,7 +63,7 @@ def verify_rows(
                 continue
             try:
                 sizes = [_size(pictures[name]) for name in sample.images]
-                _check_films_and_recordings(sample, media_root, limits)
+                check_films_and_recordings(sample, media_root, limits)
                 findings.truncated += texts.check(sample, sizes)
             except DataError as error:
                 findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
@@ -79,22 +74,6 @@ def _size(picture: Picture) -> tuple[int, int]:
     if isinstance(picture, str):
         raise DataError(picture)
     return picture
-
-
-def _check_films_and_recordings(sample: Sample, root: Path, limits: MediaLimits) -> None:
-    for name in sample.videos:
-        _video_facts(name, root)
-    for name in sample.audios:
-        facts = _audio_facts(name, root)
-        if limits.too_long == "error" and facts.duration > limits.max_seconds:
-            raise DataError(
-                f"audio file {name!r} lasts {facts.duration:.0f} s; the limit is {limits.max_seconds:.0f} s: cut "
-                "it, or allow more"
-            )
-
-
-_video_facts = functools.lru_cache(maxsize=_CACHED)(lambda name, root: check_video(name, root=root))
-_audio_facts = functools.lru_cache(maxsize=_CACHED)(lambda name, root: check_audio(name, root=root))
 
 
 class _Texts:

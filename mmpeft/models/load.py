@@ -216,10 +216,10 @@ def auto_class(config: Any, name: str) -> Any:
         return AutoModelForImageTextToText
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForMultimodalLM
+    known = ", ".join(model_type for spec in FAMILIES for model_type in spec.model_types)
     raise ModelError(
-        f"{name}: model type {config.model_type!r} is not supported; `mmpeft families` lists those that are; a "
-        f"language model and a vision encoder become a {ComposedConfig.model_type} or llava model by "
-        "mmpeft.compose_model"
+        f"{name}: model type {config.model_type!r} is not supported; supported: {known}; a language model and a vision "
+        f"encoder become a {ComposedConfig.model_type} or llava model by mmpeft.compose_model"
     )
 
 

@@ -142,3 +142,14 @@ def test_lengths_in_tokens_count_every_picture_token(tmp_path):
     assert report.lengths["min"] - bare.lengths["min"] == 3
     assert report.lengths["cut"] == 4
     assert report.warnings == [f"{path}: 4 samples are longer than 30 tokens"]
+
+
+def test_films_and_recordings_are_opened(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    rows = [row(human("<video>q"), gpt("a"), video="empty.mp4"), row(human("<audio>q"), gpt("a"), audio="no.wav")]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    report = check_data(path)
+    assert report.found == {"film or recording": 2}
+    assert "'empty.mp4'" in report.errors[0]
+    assert "'no.wav' does not exist" in report.errors[1]
+    assert not check_data(path, open_media=False).errors
