@@ -1,5 +1,6 @@
 """Every first-class family through the whole of the data rooms: one set of promises, a tiny real model of each."""
 
+import copy
 import inspect
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoProcessor
 
-from mmpeft.core.errors import DataError
+from mmpeft.core.errors import DataError, ModelError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.chat import control_tokens, render_chat
 from mmpeft.data.collate import MultimodalCollator
@@ -18,6 +20,7 @@ from mmpeft.data.expand import picture_length
 from mmpeft.data.types import Audio, Media, Sample, Turn, Video
 from mmpeft.evaluation.generate import answer
 from mmpeft.families.registry import FAMILIES, family_of
+from mmpeft.models.pixels import limit_pixels
 from tests.families.models import ENCODED_TOGETHER, FIRST_CLASS, SINGLE_TURN
 
 SIZES = ((31, 47), (64, 20), (17, 60), (40, 40))
@@ -226,3 +229,25 @@ def test_generated_answers_do_not_depend_on_the_cache(family):
         pytest.skip("answer() takes pictures; recordings come with the data set")
     text = answer(model, processor, images=[picture(SIZES[0])], prompt="What?", max_new_tokens=4)
     assert isinstance(text, str)
+
+
+def test_max_pixels_is_obeyed_and_goes_with_the_processor(family, tmp_path):
+    _, model, processor = family
+    spec = family_of(model)
+    if "image" not in spec.modalities:
+        with pytest.raises(ModelError, match="takes no pictures"):
+            limit_pixels(processor, 4096)
+        return
+    limited = copy.deepcopy(processor)
+    if not hasattr(processor.image_processor, "merge_size"):
+        with pytest.raises(ModelError, match="the size that the model was built for"):
+            limit_pixels(limited, 4096)
+        return
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    limit_pixels(limited, side * side)
+    limited.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert picture_length(processor, (64, 64)) > 1
+    assert picture_length(limited, (64, 64)) == picture_length(again, (64, 64)) == 1
+    with pytest.raises(ModelError, match="below one picture token"):
+        limit_pixels(limited, side * side - 1)
