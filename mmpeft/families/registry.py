@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mmpeft.core.errors import ModelError
+from peft import PeftModel
+
 from mmpeft.families import (
     composed,
     llava,
@@ -13,6 +14,7 @@ from mmpeft.families import (
     qwen3_5,
     qwen3_vl,
 )
+from mmpeft.families.generic import inspect_model
 from mmpeft.families.spec import FamilySpec
 
 FAMILIES: tuple[FamilySpec, ...] = (
@@ -28,17 +30,17 @@ FAMILIES: tuple[FamilySpec, ...] = (
 
 
 def family_of(model: Any) -> FamilySpec:
-    """The family of a transformers model (or of a `PeftModel` around one), by `config.model_type`.
+    """The family of a transformers model (or of a `PeftModel` around one): by `config.model_type`, else by inspection.
 
     Raises:
-        ModelError: no family has this model type.
+        ModelError: no family has this model type, and its parts cannot be told by inspection.
     """
     model_type = model.config.model_type
     for spec in FAMILIES:
         if model_type in spec.model_types:
             return spec
-    known = ", ".join(name for spec in FAMILIES for name in spec.model_types)
-    raise ModelError(f"model type {model_type!r} is not supported; supported model types: {known}")
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inspect_model(base)
 
 
 def family_of_processor(processor: Any) -> FamilySpec | None:

@@ -44,7 +44,9 @@ def leaves_with_parameters(module: nn.Module, prefix: str) -> list[str]:
 def all_projector_leaves(model: nn.Module, spec: "FamilySpec") -> list[str]:
     """Every parameter-holding leaf under the projector's paths."""
     return [
-        name for path in spec.parts["projector"] for name in leaves_with_parameters(model.get_submodule(path), path)
+        name
+        for path in spec.parts.get("projector", ())
+        for name in leaves_with_parameters(model.get_submodule(path), path)
     ]
 
 
