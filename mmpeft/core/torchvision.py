@@ -50,8 +50,12 @@ class _DeclareFirst:
 
 
 def _declare_operators() -> None:
-    from torch.library import Library  # noqa: PLC0415 - `import mmpeft` must not import torch
+    # `import mmpeft` must not import torch.
+    import torch  # noqa: PLC0415
+    from torch.library import Library  # noqa: PLC0415
 
+    if hasattr(torch.ops.torchvision, OPERATORS[0]):
+        return  # the program has declared them itself
     library = Library(NAME, "DEF")
     for operator in OPERATORS:
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
