@@ -10,9 +10,10 @@ import yaml
 
 from mmpeft.core.files import read_json
 from tests.hub import local_hub
+from tests.plain import PRELUDE
 from tests.project import write_data, write_project
 
-COMMON = """
+COMMON = f"""{PRELUDE}
 import sys
 from pathlib import Path
 import torch

@@ -10,6 +10,7 @@ import yaml
 
 from mmpeft.config.recipe import Recipe
 from mmpeft.config.shipped import find_recipe, shipped_recipes
+from tests.plain import PRELUDE
 
 RUNS = [recipe for recipe in shipped_recipes() if not recipe.name.startswith("accelerate/")]
 
@@ -66,7 +67,7 @@ def test_what_the_llava_recipes_train():
 @pytest.mark.slow
 def test_the_cpu_settings_of_accelerate_start_two_processes_over_gloo(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(two_processes)
+    script.write_text(PRELUDE + two_processes)
     settings = find_recipe("accelerate/cpu_ddp").path
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     done = subprocess.run(
