@@ -173,27 +173,66 @@ _NEEDED = "it must take messages whose content is a list of {'type': 'image'} an
 
 
 def assistant_spans(processor: Any, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-    """The whole conversation's text, and the characters [start, end) of each assistant turn in it.
+    r"""The whole conversation's text, and the characters [start, end) of each assistant turn in it.
+
+    Some templates write other white space before an answer than at the end of their generation prompt
+    (LLaVA-OneVision's: `assistant \n` and `assistant\n`). What the prompt of inference has stands in the text, then.
 
     Raises:
         DataError: the template writes earlier turns differently once later ones follow, so that no prompt of
             inference is what the model would be trained on; or as `render_chat`.
     """
     text = render_chat(processor, turns, add_generation_prompt=False)
-    spans = []
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    position = length = 0
     for number, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
         prompt = render_chat(processor, turns[:number], add_generation_prompt=True)
         whole = number + 1 == len(turns)
         answered = text if whole else render_chat(processor, turns[: number + 1], add_generation_prompt=False)
-        if not answered.startswith(prompt) or not text.startswith(answered):
+        history, begin = len(prompt), len(prompt)
+        if not answered.startswith(prompt):
+            history, begin = _other_white_space(processor, turns[: number + 1], prompt, answered)
+        if begin < 0 or not text.startswith(answered):
             raise DataError(
                 f"the chat template writes the turns before turn {number} differently once it has been answered "
                 f"(around {_parting(answered, prompt, text)!r}); use a template that only appends"
             )
-        spans.append((len(prompt), len(answered)))
-    return text, spans
+        pieces += [text[position:history], prompt[history:], answered[begin:]]
+        length += history - position + len(prompt) - history
+        spans.append((length, length + len(answered) - begin))
+        position, length = len(answered), spans[-1][1]
+    return "".join([*pieces, text[position:]]), spans
+
+
+def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:
+    """The text before an answer, as at inference: earlier answers stand in it as `assistant_spans` writes them.
+
+    Raises:
+        DataError, ModelError: as `render_chat`.
+    """
+    prompt = render_chat(processor, turns, add_generation_prompt=True)
+    if all(turn.role != "assistant" for turn in turns):
+        return prompt
+    history = render_chat(processor, turns, add_generation_prompt=False)
+    try:
+        text, _ = assistant_spans(processor, turns)
+    except DataError:
+        # A template that rewrites earlier turns cannot be trained on, but it does say what to ask.
+        return prompt
+    return text + prompt[len(history) :] if prompt.startswith(history) else prompt
+
+
+def _other_white_space(processor: Any, turns: Sequence[Turn], prompt: str, answered: str) -> tuple[int, int]:
+    """Characters of `answered` before the last turn, and before its answer; -1 where more than white space differs."""
+    history = render_chat(processor, turns[:-1], add_generation_prompt=False)
+    if not (prompt.startswith(history) and answered.startswith(history)):
+        return 0, -1
+    header = re.compile(r"\s*".join(map(re.escape, "".join(prompt[len(history) :].split()))) + r"\s*")
+    found = header.match(answered, len(history))
+    return len(history), found.end() if found else -1
 
 
 def _parting(answered: str, prompt: str, text: str) -> str:

@@ -27,7 +27,7 @@ _TEXT_KEYS = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets"}
 )
 _OFFSETS = "text_replacement_offsets"
-_PROBES = ((64, 64), (512, 512), (640, 64), (64, 640))
+_PROBES = ((16, 16), (48, 32), (64, 64), (512, 512), (640, 64), (64, 640))
 _CACHED_SIZES = 4096
 
 

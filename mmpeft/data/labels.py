@@ -16,7 +16,7 @@ from typing import Any
 
 from mmpeft.core.errors import DataError, ModelError
 from mmpeft.core.types import IGNORE_INDEX, Modality
-from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_chat
+from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_prompt
 from mmpeft.data.types import Turn
 
 
@@ -81,7 +81,7 @@ def prompt_of(processor: Any, turns: Sequence[Turn]) -> Conversation:
         DataError: as `conversation_of`.
     """
     check_texts(processor, turns)
-    text = render_chat(processor, turns, add_generation_prompt=True)
+    text = render_prompt(processor, turns)
     return Conversation(text=text, spans=(), media=media_spans(processor, text))
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import Modality
-from mmpeft.data.chat import control_tokens, render_chat
+from mmpeft.data.chat import assistant_spans, control_tokens, render_chat
 from mmpeft.data.collate import TEXT_ALIGNED, join_media
 from mmpeft.data.encode import Encoded, encode_prompt
 from mmpeft.data.expand import picture_length
@@ -176,10 +176,11 @@ def end_tokens(model: Any, processor: Any) -> list[int]:
 
 def _end_of_turn(processor: Any) -> int | None:
     question, reply = Turn(role="user", text="x"), Turn(role="assistant", text="y")
-    prompt = render_chat(processor, [question], add_generation_prompt=True)
-    whole = render_chat(processor, [question, reply], add_generation_prompt=False)
-    behind = whole.removeprefix(prompt).partition(reply.text)[2] if whole.startswith(prompt) else ""
-    found = control_tokens(processor).pattern.search(behind)
+    try:
+        text, ((start, end),) = assistant_spans(processor, [question, reply])
+    except DataError:
+        return None  # A template that rewrites what it wrote before: no end of turn can be told.
+    found = control_tokens(processor).pattern.search(text[start:end].partition(reply.text)[2])
     return processor.tokenizer.convert_tokens_to_ids(found.group()) if found else None
 
 

@@ -6,19 +6,27 @@ from peft import PeftModel
 
 from mmpeft.families import (
     composed,
+    gemma3,
+    internvl,
     llava,
+    llava_next,
+    llava_onevision,
+    paligemma,
     qwen2_5_omni,
     qwen2_5_vl,
     qwen2_audio,
     qwen2_vl,
     qwen3_5,
     qwen3_vl,
+    smolvlm,
 )
 from mmpeft.families.generic import inspect_model
 from mmpeft.families.spec import FamilySpec
 
 FAMILIES: tuple[FamilySpec, ...] = (
     llava.SPEC,
+    llava_next.SPEC,
+    llava_onevision.SPEC,
     composed.SPEC,
     qwen2_vl.SPEC,
     qwen2_5_vl.SPEC,
@@ -26,6 +34,10 @@ FAMILIES: tuple[FamilySpec, ...] = (
     qwen3_5.SPEC,
     qwen2_5_omni.SPEC,
     qwen2_audio.SPEC,
+    internvl.SPEC,
+    smolvlm.SPEC,
+    gemma3.SPEC,
+    paligemma.SPEC,
 )
 
 

@@ -42,11 +42,17 @@ def leaves_with_parameters(module: nn.Module, prefix: str) -> list[str]:
 
 
 def all_projector_leaves(model: nn.Module, spec: "FamilySpec") -> list[str]:
-    """Every parameter-holding leaf under the projector's paths."""
+    """Every parameter-holding leaf under the projector's paths.
+
+    A path that names a bare parameter of a larger module (LLaVA-NeXT's `image_newline`) has no module that PEFT could
+    save alone: it stays frozen.
+    """
+    modules = dict(model.named_modules())
     return [
         name
         for path in spec.parts.get("projector", ())
-        for name in leaves_with_parameters(model.get_submodule(path), path)
+        if path in modules
+        for name in leaves_with_parameters(modules[path], path)
     ]
 
 

@@ -20,6 +20,15 @@ GENERATION = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
+OTHER_SPACE = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}"
+    "{%- for item in message['content'] if item['type'] == 'text' -%}{{ '\n' + item['text'] }}{%- endfor -%}"
+    "{{ '<|im_end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+"""LLaVA-OneVision's: `assistant ` and a newline before an answer, `assistant` and a newline in the prompt."""
+
 DEFAULT_SYSTEM = (
     "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{%- endif -%}"
 ) + CHAT_TEMPLATE

@@ -1,7 +1,7 @@
 import pytest
 
 from mmpeft.core.errors import DataError, ModelError
-from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_chat
+from mmpeft.data.chat import assistant_spans, check_texts, control_tokens, render_chat, render_prompt
 from mmpeft.data.types import Turn
 from mmpeft.models.chat import multimodal_chat_template
 from tests.data import templates
@@ -44,6 +44,25 @@ def test_spans_hold_the_answers_and_nothing_of_the_prompt(template):
     text, spans = assistant_spans(processor_with(template), conversation("q1", "a1", "q2", "a2", system="s"))
     end_token = "" if template == templates.LLAVA_15 else "<|im_end|>"
     assert [text[start:end].strip() for start, end in spans] == [f"a1{end_token}", f"a2{end_token}"]
+
+
+def test_where_only_white_space_differs_the_prompt_of_inference_is_trained_on():
+    processor = processor_with(templates.OTHER_SPACE)
+    turns = conversation("q1", "assistant", "q2", "a2")
+    text, spans = assistant_spans(processor, turns)
+    assert text == (
+        "<|im_start|>user \nq1<|im_end|><|im_start|>assistant\nassistant<|im_end|>"
+        "<|im_start|>user \nq2<|im_end|><|im_start|>assistant\na2<|im_end|>"
+    )
+    assert [text[start:end] for start, end in spans] == ["assistant<|im_end|>", "a2<|im_end|>"]
+    assert text.startswith(render_prompt(processor, turns[:1]))
+    assert text.startswith(render_prompt(processor, turns[:3]))
+
+
+def test_a_prompt_is_the_templates_own_where_it_rewrites_earlier_turns():
+    processor = processor_with(templates.FORGETFUL)
+    turns = conversation("q1", "a1", "q2")
+    assert render_prompt(processor, turns) == render_chat(processor, turns, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("template", [templates.FORGETFUL, templates.THINKING_PROMPT, templates.CLOSED_AT_THE_END])

@@ -1,6 +1,7 @@
 """A tiny real model of every first-class family, with its real processor."""
 
 from tests.families.qwen import QWEN
+from tests.families.tiled import TILED
 from tests.tiny import tiny_llava, tiny_processor
 
 
@@ -9,7 +10,7 @@ def tiny_llava_family():
     return tiny_llava(processor), processor
 
 
-FIRST_CLASS = {"llava": tiny_llava_family, **QWEN}
+FIRST_CLASS = {"llava": tiny_llava_family, **QWEN, **TILED}
 
 SINGLE_TURN = {"paligemma"}
 """Families that answer one question about pictures, without a conversation."""

@@ -17,6 +17,7 @@ from mmpeft.data.chat import control_tokens, render_chat
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.encode import encode_prompt, encode_sample
 from mmpeft.data.expand import picture_length
+from mmpeft.data.labels import conversation_of
 from mmpeft.data.types import Audio, Media, Sample, Turn, Video
 from mmpeft.evaluation.generate import answer
 from mmpeft.families.registry import FAMILIES, family_of
@@ -107,9 +108,7 @@ def test_ids_are_those_of_the_processor_itself(family):
     sample, media = first_medium(model)
     found = encode_sample(processor, sample, media)
     given = {"images": [list(media.images)]} if media.images else {"audio": [media.audios[0].samples]}
-    whole = processor(
-        text=[render_chat(processor, sample.turns, add_generation_prompt=False)], return_tensors="pt", **given
-    )
+    whole = processor(text=[conversation_of(processor, sample.turns).text], return_tensors="pt", **given)
     ids = whole["input_ids"][0]
     assert torch.equal(found["input_ids"], ids[: len(found["input_ids"])])
 
@@ -239,15 +238,35 @@ def test_max_pixels_is_obeyed_and_goes_with_the_processor(family, tmp_path):
             limit_pixels(processor, 4096)
         return
     limited = copy.deepcopy(processor)
-    if not hasattr(processor.image_processor, "merge_size"):
+    least = least_pixels(processor.image_processor)
+    if least is None:
         with pytest.raises(ModelError, match="the size that the model was built for"):
             limit_pixels(limited, 4096)
         return
-    side = processor.image_processor.patch_size * processor.image_processor.merge_size
-    limit_pixels(limited, side * side)
+    limit_pixels(limited, least)
     limited.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    assert picture_length(processor, (64, 64)) > 1
-    assert picture_length(limited, (64, 64)) == picture_length(again, (64, 64)) == 1
-    with pytest.raises(ModelError, match="below one picture token"):
-        limit_pixels(limited, side * side - 1)
+    lengths = [picture_length(each, (64, 64)) for each in (processor, limited, again)]
+    assert lengths[0] > lengths[1] == lengths[2] > 0
+    row = encode_sample(limited, sample_of("<image>\nWhat?", "a", images=1), Media(images=[picture((64, 64))]))
+    assert kept_pixels(row, processor.image_processor) <= least
+    with pytest.raises(ModelError, match=f"{least - 1} is below one (picture token|tile)"):
+        limit_pixels(limited, least - 1)
+
+
+def least_pixels(image_processor):
+    """Pixels of one picture token or one tile; None where every picture has the size of the model."""
+    if hasattr(image_processor, "merge_size"):
+        return (image_processor.patch_size * image_processor.merge_size) ** 2
+    if getattr(image_processor, "max_patches", None):
+        return image_processor.size["height"] * image_processor.size["width"]
+    tile = getattr(image_processor, "max_image_size", None)
+    return tile["longest_edge"] ** 2 if tile else None
+
+
+def kept_pixels(row, image_processor):
+    """Width x height that the tower sees."""
+    if "image_grid_thw" in row:
+        return int(row["image_grid_thw"].prod()) * image_processor.patch_size**2
+    *_, height, width = row["pixel_values"].shape
+    return row["pixel_values"].numel() // 3 // (height * width) * height * width

@@ -1,0 +1,20 @@
+"""SmolVLM and Idefics3 (`SmolVLMForConditionalGeneration`, `Idefics3ForConditionalGeneration`).
+
+A picture is cut into tiles, each behind `<row_1_col_1>`, with the whole one behind them. `pixel_values` are
+[samples, tiles, 3, height, width]; a tile that is all zero fills up and is left out by the forward.
+"""
+
+from mmpeft.families.spec import FamilySpec
+
+SPEC = FamilySpec(
+    name="smolvlm",
+    model_types=("smolvlm", "idefics3"),
+    processors=("SmolVLMProcessor", "Idefics3Processor"),
+    parts={
+        "vision": ("model.vision_model",),
+        "projector": ("model.connector",),
+        "language": ("model.text_model", "lm_head"),
+    },
+    modalities=("image", "video"),
+    note="Idefics3 takes pictures only; SmolVLM's films need the num2words package.",
+)
