@@ -12,9 +12,9 @@ from mmpeft.core.assets import asset_directory
 from mmpeft.families.registry import FAMILIES, family_of
 from mmpeft.methods.plan import base_name
 from mmpeft.models.compose import compose_model
-from tests.families.qwen import QWEN
+from tests.families.models import FIRST_CLASS
 from tests.models.parts import tiny_language, tiny_vision
-from tests.tiny import tiny_image_processor, tiny_llava, tiny_tokenizer
+from tests.tiny import tiny_image_processor, tiny_tokenizer
 
 PRESETS = sorted(path.parent for path in asset_directory("adapters").glob("*/*/adapter_config.json"))
 PARTS = {
@@ -40,9 +40,8 @@ def tiny_composed():
 
 
 MODELS = {
-    "llava": tiny_llava,
     "composed": tiny_composed,
-    **{name: lambda make=make: make()[0] for name, make in QWEN.items()},
+    **{name: lambda make=make: make()[0] for name, make in FIRST_CLASS.items()},
 }
 
 presets = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -50,11 +49,8 @@ presets = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: f"{path.pa
 
 def test_each_family_has_presets_and_each_preset_a_family():
     names = {f"{path.parent.name}/{path.name}" for path in PRESETS}
-    assert {f"llava/{name}" for name in PARTS if name != "audio-lora"} | {
-        "composed/lora",
-        "composed/vision-lora",
-    } <= names
-    for family in QWEN:
+    assert {"composed/lora", "composed/vision-lora"} <= names
+    for family in FIRST_CLASS:
         tower = "audio-lora" if family == "qwen2_audio" else "vision-lora"
         assert {f"{family}/{name}" for name in ("projector", "lora", "projector-lora", tower)} <= names
     assert {path.parent.name for path in PRESETS} == {spec.name for spec in FAMILIES}

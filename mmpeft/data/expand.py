@@ -19,6 +19,7 @@ from mmpeft.core.errors import DataError, ModelError
 from mmpeft.core.types import Modality
 from mmpeft.data.chat import control_tokens
 from mmpeft.data.types import Audio, Media, Video
+from mmpeft.families.registry import family_of_processor
 
 Encoded = dict[str, torch.Tensor]
 """`input_ids` and `labels` LongTensor [sequence], and tensors of media, as the model's forward names them."""
@@ -54,12 +55,17 @@ def expand(processor: Any, text: str, media: Media) -> Expansion:
         media: as many as there are tokens, each modality in the order of its own.
 
     Raises:
-        DataError: the processor refuses a medium (a picture too thin for its patches, say).
+        DataError: the processor refuses a medium (a picture too thin for its patches, say), or these together.
         ModelError: it does not say what it wrote in the place of a medium.
     """
     given = _arguments(media)
     if not given:
         return Expansion(replacements=(), tensors={})
+    spec = family_of_processor(processor)
+    if media.images and media.videos and spec is not None and not spec.mixes_media:
+        raise DataError(
+            f"it holds pictures and videos, which {type(processor).__name__} takes in separate samples only; split it"
+        )
     try:
         found = processor(text=[text], return_text_replacement_offsets=True, return_tensors="pt", **given)
     except (ValueError, IndexError, ZeroDivisionError) as error:

@@ -1,11 +1,37 @@
-"""The generic road: the parts of a model whose family has no file of facts, found by inspection."""
+"""The generic road: the parts of a model whose family has no file of facts, found by inspection.
+
+get_decoder()              the language model; where it is the whole base model, towers inside it are taken out
+get_encoder("image")       the image tower, or what holds the image tower and more
+names of modules           towers beside those, and what carries their features to the language model
+get_output_embeddings()    the language model's head
+"""
+
+import inspect
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmpeft.core.errors import ModelError
-from mmpeft.core.types import Part
+from mmpeft.core.types import Modality, Part
 from mmpeft.families.spec import FamilySpec
+
+TOWERS = (
+    "vision_tower",
+    "visual",
+    "vision_model",
+    "vision_encoder",
+    "image_tower",
+    "image_encoder",
+    "video_tower",
+    "high_res_vision_model",
+    "vision_tokenizer",
+    "vqmodel",
+)
+"""Last names of modules that turn pictures into features or picture tokens (transformers 5.24)."""
+
+AUDIO_TOWERS = ("audio_tower", "audio_encoder", "speech_encoder", "audio_tokenizer")
+"""The same for sound."""
 
 PROJECTORS = (
     "multi_modal_projector",
@@ -15,56 +41,73 @@ PROJECTORS = (
     "mm_projector",
     "merger",
     "vision_projection",
+    "visual_projection",
     "language_projection",
     "qformer",
+    "perceiver_resampler",
     "patch_merger",
     "resampler_model",
     "image_to_text_projection",
     "embed_vision",
+    "embed_audio",
+    "vision_adapter",
+    "vision_embed_tokens",
+    "visual_embeddings_table",
+    "high_res_vision_proj",
+    "high_res_vision_neck",
+    "layerwise_projectors",
+    "spatial_projectors",
     "deepstack_merger_list",
 )
 """Last names of modules that carry a tower's features to the language model (transformers 5.24)."""
 
+PIXELS = ("pixel_values", "flattened_patches")
+"""Main inputs of models whose encoder reads nothing but pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What inspection found.
+
+    Attributes:
+        spec: the parts, as the families state theirs.
+        found: for each part, how: by `get_encoder`, `get_decoder`, or the names of modules.
+    """
+
+    spec: FamilySpec
+    found: dict[Part, str]
+
 
 def inspect_model(model: PreTrainedModel) -> FamilySpec:
-    """The parts of a model, by its own `get_encoder` and `get_decoder` and by its projector's name.
+    """The parts of a model, by its own `get_encoder` and `get_decoder` and by the names of its modules.
 
-    A model without a projector gets a spec without that part.
+    A part that the model lacks (a projector, a tower apart from the language model) is left out of the spec.
 
     Raises:
-        ModelError: no image tower, or no language model apart from it, can be told.
+        ModelError: no language model can be told.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    return inspect_parts(model).spec
+
+
+def inspect_parts(model: PreTrainedModel) -> Inspection:
+    """`inspect_model`, with how each part was found.
+
+    Raises:
+        ModelError: no language model can be told.
+    """
+    language = _decoder(model)
+    fused = language == _path(model, model.base_model)
+    encoder = _encoder(model, language)
+    towers = {
+        part: _outermost(model, names, None if fused else language)
+        for part, names in (("vision", TOWERS), ("audio", AUDIO_TOWERS))
+    }
     parts: dict[Part, tuple[str, ...]] = {}
-    for part, module in (
-        ("vision", model.get_encoder(modality="image")),
-        ("audio", model.get_encoder(modality="audio")),
-        ("language", model.get_decoder()),
-    ):
-        path = names.get(id(module), "")
-        if path and module is not model.base_model:
-            parts[part] = (path,)  # type: ignore[index]
-    missing = [part for part in ("vision", "language") if part not in parts]
-    if missing or parts["vision"] == parts["language"]:
-        raise ModelError(
-            f"the parts of {type(model).__name__} (model type {model.config.model_type!r}) cannot be told: "
-            f"found {parts or 'none'}; expected an image tower and a language model apart from it; "
-            "this model type needs a family of its own in mmpeft/families"
+    found: dict[Part, str] = {}
+    if towers["vision"] or encoder:
+        # An encoder that holds a tower among other layers reads text as well: it belongs to the language model.
+        parts["vision"] = towers["vision"] or (encoder,)
+        found["vision"] = (
+            "names" if _path(model, model.get_encoder(modality="image")) not in parts["vision"] else "get_encoder"
         )
-    projector = _projector_paths(model, parts["language"][0])
-    if projector:
-        parts["projector"] = projector
-    head = names.get(id(model.get_output_embeddings()), "")
-    if head and not head.startswith(f"{parts['language'][0]}."):
-        parts["language"] += (head,)
-    return FamilySpec(name=model.config.model_type, model_types=(model.config.model_type,), parts=parts)
-
-
-def _projector_paths(model: nn.Module, language: str) -> tuple[str, ...]:
-    """Outermost modules of a projector's name that lie outside the language model."""
-    paths: list[str] = []
-    for name, _ in model.named_modules():
-        inside = any(name.startswith(f"{path}.") for path in (*paths, language))
-        if not inside and name.rpartition(".")[2] in PROJECTORS:
-            paths.append(name)
-    return tuple(paths)
+    return Inspection(spec=FamilySpec(name="", model_types=(), parts=parts), found=found)

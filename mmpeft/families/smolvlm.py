@@ -16,5 +16,7 @@ SPEC = FamilySpec(
         "language": ("model.text_model", "lm_head"),
     },
     modalities=("image", "video"),
-    note="Idefics3 takes pictures only; SmolVLM's films need the num2words package.",
+    # Its processor writes the tensors of films over those of pictures.
+    mixes_media=False,
+    note="Idefics3 takes pictures only; SmolVLM takes pictures or films in a sample, not both.",
 )

@@ -74,6 +74,7 @@ class FamilySpec:
         chat_template: Jinja template for processors of the family that come without one.
         token_types: how `token_type_ids` are made, where the forward wants them.
         supervised_logits: whether the forward takes `logits_to_keep` as indices, and the loss `shift_labels`.
+        mixes_media: whether one sample may hold pictures and films together.
         boxes: how places in a picture are written.
         cacheable: the outermost outputs that are the same in every epoch while their parts are frozen.
         note: what a user of the family should know, in one sentence; "" if nothing.
@@ -90,6 +91,7 @@ class FamilySpec:
     chat_template: str | None = None
     token_types: TokenTypes | None = None
     supervised_logits: bool = True
+    mixes_media: bool = True
     boxes: BoxConvention = "fraction"
     cacheable: tuple[Part, ...] = field(default=("vision",))
     note: str = ""

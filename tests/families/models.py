@@ -1,7 +1,7 @@
 """A tiny real model of every first-class family, with its real processor."""
 
 from tests.families.qwen import QWEN
-from tests.families.tiled import TILED
+from tests.families.tiled import TILED, tiny_idefics3
 from tests.tiny import tiny_llava, tiny_processor
 
 
@@ -11,6 +11,9 @@ def tiny_llava_family():
 
 
 FIRST_CLASS = {"llava": tiny_llava_family, **QWEN, **TILED}
+
+MODELS = {**FIRST_CLASS, "idefics3": tiny_idefics3}
+"""Those, and a second model type where a family has two unlike ones."""
 
 SINGLE_TURN = {"paligemma"}
 """Families that answer one question about pictures, without a conversation."""

@@ -3,12 +3,10 @@
 import copy
 import inspect
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from transformers import AutoProcessor
 
 from mmpeft.core.errors import DataError, ModelError
@@ -18,50 +16,20 @@ from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.encode import encode_prompt, encode_sample
 from mmpeft.data.expand import picture_length
 from mmpeft.data.labels import conversation_of
-from mmpeft.data.types import Audio, Media, Sample, Turn, Video
+from mmpeft.data.types import Media
 from mmpeft.evaluation.generate import answer
 from mmpeft.families.registry import FAMILIES, family_of
 from mmpeft.models.pixels import limit_pixels
-from tests.families.models import ENCODED_TOGETHER, FIRST_CLASS, SINGLE_TURN
+from tests.families.models import ENCODED_TOGETHER, FIRST_CLASS, MODELS, SINGLE_TURN
+from tests.families.samples import SIZES, film, first_medium, picture, sample_of, sound
 
-SIZES = ((31, 47), (64, 20), (17, 60), (40, 40))
 
-
-@pytest.fixture(scope="module", params=sorted(FIRST_CLASS))
+@pytest.fixture(scope="module", params=sorted(MODELS))
 def family(request):
     """(name, model, processor)"""
     torch.manual_seed(0)
-    model, processor = FIRST_CLASS[request.param]()
+    model, processor = MODELS[request.param]()
     return request.param, model.eval(), processor
-
-
-def picture(size, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
-
-
-def sound(seconds=0.5, seed=0):
-    samples = np.random.default_rng(seed).uniform(-1, 1, int(16_000 * seconds)).astype(np.float32)
-    return Audio(samples=samples, sampling_rate=16_000)
-
-
-def film(frames=4, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 255, (frames, 36, 28, 3), dtype=np.uint8)
-    return Video(frames=pixels, indices=tuple(range(0, 12 * frames, 12)), fps=24.0, total_frames=12 * frames)
-
-
-def sample_of(*texts, **media):
-    roles = ("user", "assistant")
-    turns = tuple(Turn(role=roles[number % 2], text=text) for number, text in enumerate(texts))
-    return Sample(id="x", turns=turns, index=0, line=1, **{name: ("x",) * count for name, count in media.items()})
-
-
-def first_medium(model, number=0):
-    """A sample with one medium of the kind that the family is for, unlike the next one's."""
-    if "image" in family_of(model).modalities:
-        media = Media(images=[picture(SIZES[number % len(SIZES)], number)])
-        return sample_of("<image>\nWhat is it?", "a cat " * (1 + number), images=1), media
-    media = Media(audios=[sound(0.3 + 0.2 * number, number)])
-    return sample_of("<audio>\nWhat is it?", "a cat " * (1 + number), audios=1), media
 
 
 def encoded_batch(model, processor, count, **options):

@@ -282,7 +282,10 @@ def tiny_gemma3(seed: int = 0) -> tuple[Gemma3ForConditionalGeneration, Gemma3Pr
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
     )
-    return _built(Gemma3ForConditionalGeneration, config, seed), processor
+    model = _built(Gemma3ForConditionalGeneration, config, seed)
+    # Zero in a fresh model, which would then not see its pictures.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model, processor
 
 
 def tiny_paligemma(seed: int = 0) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]:

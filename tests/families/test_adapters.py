@@ -1,59 +1,33 @@
-"""Adapters on each family of the Qwen line, on tiny real models fed by their real processors."""
+"""Adapters on each first-class family, on tiny real models fed by their real processors."""
 
-import inspect
-
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 
+from mmpeft.data.collate import MultimodalCollator
+from mmpeft.data.encode import encode_prompt, encode_sample
 from mmpeft.families.registry import family_of
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.methods.checkpoint import save_adapter
 from mmpeft.methods.plan import base_name, describe_training
-from tests.families.qwen import AUDIO_SECONDS, QWEN, SAMPLING_RATE, TOKEN_SIDE
+from tests.families.models import MODELS
+from tests.families.samples import every_medium, first_medium
+from tests.families.tiled import tiny_gemma3
 
 PROJECTOR = {"projector": "full"}
 LORA = {"language": {"r": 4, "lora_alpha": 8}}
 TRAINS = [PROJECTOR, LORA, {**PROJECTOR, **LORA}]
+BARE = {"llava_next": "model.image_newline", "llava_onevision": "model.image_newline"}
+"""A parameter of the projector's part that no module holds alone, so that it stays frozen."""
 
-families = pytest.mark.parametrize("family", QWEN)
-
-
-def media_of(processor, modality):
-    """Arguments by which a processor takes one picture of odd size, two frames of video or a second of sound."""
-    noise = np.random.default_rng(0)
-    if modality == "image":
-        return {"images": [Image.fromarray(noise.integers(0, 255, (13, 29, 3), dtype=np.uint8))]}
-    if modality == "audio":
-        samples = noise.standard_normal(AUDIO_SECONDS * SAMPLING_RATE).astype(np.float32) / 10
-        return {"audio": [samples], "audio_kwargs": {"sampling_rate": SAMPLING_RATE}}
-    frames = noise.integers(0, 255, (2, 16, 24, 3), dtype=np.uint8)
-    # The omni processor's own default size would win over its video processor's.
-    size = dict(processor.video_processor.size)
-    metadata = [{"total_num_frames": 2, "fps": 2.0, "frames_indices": [0, 1]}]
-    return {
-        "videos": [frames],
-        "videos_kwargs": {"do_sample_frames": False, "video_metadata": metadata, "size": size},
-    }
-
-
-def batch_of(processor, modalities, *, answer="It is red."):
-    """One row with every modality in it; all but the answer's tokens are masked out of the labels."""
-    content = [{"type": modality} for modality in modalities] + [{"type": "text", "text": "What is it?"}]
-    messages = [{"role": "user", "content": content}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    arguments = {key: value for modality in modalities for key, value in media_of(processor, modality).items()}
-    batch = dict(processor(text=[prompt + answer], return_tensors="pt", **arguments))
-    labels = batch["input_ids"].clone()
-    labels[:, : -len(answer.encode())] = -100
-    return {**batch, "labels": labels}
+families = pytest.mark.parametrize("family", MODELS)
 
 
 def built(family):
-    model, processor = QWEN[family]()
-    return model, batch_of(processor, family_of(model).modalities)
+    """The model, and one batch that holds every modality it takes."""
+    model, processor = MODELS[family]()
+    rows = [encode_sample(processor, *made) for made in every_medium(model, processor)]
+    return model, MultimodalCollator(processor, supervised_only=False)(rows)
 
 
 def scattered(model):
@@ -74,13 +48,14 @@ def gradients(model, batch):
 
 @families
 def test_every_parameter_has_a_part_and_the_plan_counts_all_of_them(family):
-    model, _ = QWEN[family]()
+    model, _ = MODELS[family]()
     total = sum(parameter.numel() for parameter in model.parameters())
     peft_model = get_peft_model(model, {**PROJECTOR, **LORA})
     plan = describe_training(peft_model, {**PROJECTOR, **LORA}, 1e-4)
     rows = {row.part: row for row in plan.parts}
     assert plan.total == total
-    assert rows["projector"].trainable == rows["projector"].parameters > 0
+    frozen = dict(model.named_parameters())[BARE[family]].numel() if family in BARE else 0
+    assert rows["projector"].trainable == rows["projector"].parameters - frozen > 0
     assert rows["language"].state == "lora"
     assert 0 < rows["language"].trainable < rows["language"].parameters
     assert set(rows) - {"projector", "language"} <= {"vision", "audio"}
@@ -127,11 +102,11 @@ def test_plain_peft_loads_it_exactly_and_merging_gives_the_same(family, tmp_path
     model, batch = built(family)
     peft_model = scattered(get_peft_model(model, {**PROJECTOR, **LORA})).eval()
     with torch.no_grad():
-        before = QWEN[family]()[0](**batch).logits
+        before = MODELS[family]()[0](**batch).logits
         expected = peft_model(**batch).logits
     assert (expected - before).abs().max() > 1e-3
     save_adapter(peft_model, tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(QWEN[family]()[0], tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(MODELS[family]()[0], tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=0)
         merged = loaded.merge_and_unload()
@@ -140,17 +115,25 @@ def test_plain_peft_loads_it_exactly_and_merging_gives_the_same(family, tmp_path
 
 @families
 def test_it_generates_the_same_with_and_without_a_cache(family):
-    model, batch = built(family)
+    model, processor = MODELS[family]()
     peft_model = scattered(get_peft_model(model, {**PROJECTOR, **LORA})).eval()
-    prompt = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    sample, media = first_medium(model)
+    collated = MultimodalCollator(processor, supervised_only=False)([with_labels(processor, sample, media)])
+    prompt = {name: tensor for name, tensor in collated.items() if name != "labels"}
     length = prompt["input_ids"].shape[1]
     # A model of random weights would write a picture's token, for which there is no feature.
-    special = [token for token in range(256, model.get_input_embeddings().num_embeddings)]
+    special = list(range(256, model.get_input_embeddings().num_embeddings))
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": special}
     with_cache = peft_model.generate(**prompt, **options)
     without = peft_model.generate(**prompt, **options, use_cache=False)
     assert with_cache.shape[1] == length + 6
     assert with_cache.tolist() == without.tolist()
+
+
+def with_labels(processor, sample, media):
+    """A prompt as the collator takes it."""
+    row = encode_prompt(processor, sample.turns[:1], media)
+    return {**row, "labels": torch.full_like(row["input_ids"], -100)}
 
 
 @families
@@ -188,57 +171,9 @@ def test_an_audio_tower_may_train_in_full_as_a_vision_tower_may():
     assert {family_of(model).part_of(name) for name in gradients(model, batch)} == {"audio"}
 
 
-@families
-def test_a_padded_batch_gives_each_sample_the_logits_it_has_alone(family):
-    model, processor = QWEN[family]()
-    modalities = family_of(model).modalities[:1]
-    singles = [batch_of(processor, modalities, answer=answer) for answer in ("It is red.", "Blue, and some green too.")]
-    fill = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100}
-    longest = max(single["input_ids"].shape[1] for single in singles)
-    batch = {}
-    for name, tensor in singles[0].items():
-        tensors = [single[name] for single in singles]
-        if tensor.shape[1:] == singles[0]["input_ids"].shape[1:]:
-            tensors = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=fill.get(name, 0)) for t in tensors]
-        batch[name] = torch.cat(tensors)
-    with torch.no_grad():
-        logits = model(**batch).logits
-        for row, single in enumerate(singles):
-            length = single["input_ids"].shape[1]
-            torch.testing.assert_close(logits[row, :length], model(**single).logits[0], rtol=1e-5, atol=1e-5)
-
-
-@families
-def test_the_loss_of_the_supervised_positions_alone_is_the_loss(family):
-    model, batch = built(family)
-    supervised = (batch["labels"][0] != -100).nonzero().flatten()
-    with torch.no_grad():
-        whole = model(**batch)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        if not family_of(model).supervised_logits:
-            assert "logits_to_keep" not in inspect.signature(type(model).forward).parameters
-            assert model(**inputs, logits_to_keep=supervised - 1).logits.shape == whole.logits.shape
-            return
-        targets = batch["labels"][:, supervised]
-        kept = model(**inputs, labels=targets, shift_labels=targets, logits_to_keep=supervised - 1)
-        torch.testing.assert_close(kept.logits, whole.logits[:, supervised - 1])
-    torch.testing.assert_close(kept.loss, whole.loss)
-
-
-@families
-@pytest.mark.parametrize("size", [(13, 29), (40, 200), (61, 5), (1, 1)])
-def test_picture_tokens_match_features_at_odd_sizes_and_obey_the_limit(family, size):
-    model, processor = QWEN[family]()
-    if "image" not in family_of(model).modalities:
-        assert not hasattr(processor, "image_processor")
-        return
-    most = processor.image_processor.size["longest_edge"]
-    noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
-    text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
-    batch = processor(text=[text], images=[Image.fromarray(noise)], return_tensors="pt")
-    tokens = (batch["input_ids"] == processor.image_token_id).sum()
-    assert 1 <= tokens <= most // TOKEN_SIDE**2
-    with torch.no_grad():
-        features = model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
-        assert sum(len(picture) for picture in features) == tokens
-        assert model(**batch).logits.isfinite().all()
+def test_a_projector_with_a_bare_parameter_is_saved_whole(tmp_path):
+    model, _ = tiny_gemma3()
+    save_adapter(scattered(get_peft_model(model, PROJECTOR)), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_gemma3()[0], tmp_path / "adapter")
+    weight = loaded.get_base_model().model.multi_modal_projector.modules_to_save["default"].mm_input_projection_weight
+    assert not torch.equal(weight, tiny_gemma3()[0].model.multi_modal_projector.mm_input_projection_weight)
