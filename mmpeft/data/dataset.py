@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import torch
 from torch.utils.data import Dataset
 
 from mmpeft.core.errors import DataError
@@ -53,9 +54,20 @@ class MultimodalDataset(Dataset[Encoded]):
         self._max_length, self.limits = max_length, limits
         self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
         self.skipped, self.truncated = list(skipped), truncated
+        # Shared memory, so that a loader's workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that samples are taken for, from 0; the same in every worker of a loader."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take samples as epoch `epoch` (from 0) has them from now on; `MultimodalTrainer` calls it."""
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -49,6 +49,7 @@ class MultimodalTrainer(Trainer):
         self._window_start = time.perf_counter()
         self._window_tokens = self._window_samples = 0
         self.tokens_trained = self.samples_trained = 0
+        self.add_callback(_EpochOfData(self.train_dataset))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names, over groups by part where rates by part were given."""
@@ -195,6 +196,20 @@ def _reach_what_trains(model: torch.nn.Module, inputs: Any, output: Any) -> None
         value = output.get(name)
         if value is not None and not value.requires_grad:
             output[name] = value + 0 * sum(parameter.float().sum() for parameter in trained)
+
+
+class _EpochOfData(TrainerCallback):
+    """Tells a data set that changes with the epoch which one begins.
+
+    Loaders do it only on some ways: accelerate 1.15 leaves it out where a run goes on in the middle of an epoch.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class _EpochLoader(DataLoader):

@@ -212,6 +212,42 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path,
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
+class Epochs(torch.utils.data.Dataset):
+    """A data set that writes down for which epoch each sample was taken."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.seen = []
+
+    def set_epoch(self, epoch):
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.seen.append(self.dataset.epoch)
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize(("step", "left"), [(2, [6, 22]), (4, [0, 14])])
+def test_the_data_set_knows_its_epoch_from_the_start_and_where_a_run_goes_on(tmp_path, dataset, processor, step, left):
+    def trainer(**options):
+        return MultimodalTrainer(
+            model=get_peft_model(tiny_llava(processor), TRAIN),
+            args=arguments(tmp_path, save_strategy="steps", save_steps=2),
+            train_dataset=Epochs(dataset),
+            data_collator=MultimodalCollator(processor),
+            **options,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(callbacks=[Stop(step + 1)]).train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert [resumed.train_dataset.seen.count(epoch) for epoch in (0, 1)] == left
+
+
 def test_a_checkpoint_cut_short_is_removed_and_the_one_before_taken(tmp_path, caplog):
     for step, state in ((2, json.dumps({"global_step": 2})), (4, '{"global_st'), (6, None)):
         folder = tmp_path / f"checkpoint-{step}"
