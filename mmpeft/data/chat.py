@@ -96,8 +96,14 @@ def check_texts(processor: Any, turns: Sequence[Turn]) -> None:
                 )
 
 
-def render_chat(processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+def render_chat(
+    processor: Any, turns: Sequence[Turn], *, add_generation_prompt: bool, thinking: bool | None = None
+) -> str:
     r"""The conversation as the processor's chat template writes it, one token a picture, video or recording.
+
+    A template that can be told to think (Qwen3's and Qwen3.5's `enable_thinking`) is told not to, unless an answer
+    of the conversation holds `</think>`, or `thinking` says so: a model that learns plain answers is to be asked for
+    plain answers.
 
     A newline of the data file after `<image>` is left out where the template itself writes one after a picture
     (LLaVA 1.5's does), so that `<image>\nWhat is it?` becomes what the model was trained on.
@@ -115,7 +121,13 @@ def render_chat(processor: Any, turns: Sequence[Turn], *, add_generation_prompt:
             "choose a model that does"
         )
     newline = frozenset(name for name in used if _newline_after(processor, template, name))
-    return _render(processor, [_message(turn, newline) for turn in turns], add_generation_prompt)
+    thinks = _thinks(turns) if thinking is None else thinking
+    return _render(processor, [_message(turn, newline) for turn in turns], add_generation_prompt, thinks)
+
+
+def _thinks(turns: Sequence[Turn]) -> bool:
+    """Whether any answer holds reasoning."""
+    return any(turn.role == "assistant" and "</think>" in turn.text for turn in turns)
 
 
 def _own_template(processor: Any) -> str:
@@ -141,18 +153,20 @@ def _message(turn: Turn, newline: frozenset[str]) -> dict[str, Any]:
 def _newline_after(processor: Any, template: str, modality: str) -> bool:
     # `template` is there for the cache: a processor whose template was changed is asked again.
     probe = Turn(role="user", text=f"<{modality}>x")
-    text = _render(processor, [_message(probe, frozenset())], False)
+    text = _render(processor, [_message(probe, frozenset())], False, False)
     token = next(token for name, token in control_tokens(processor).media.items() if name == modality)
     return f"{token}\n" in text
 
 
-def _render(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    template = None if getattr(processor, "chat_template", None) else _fallback_template(processor)
-    if template is None and not getattr(processor, "chat_template", None):
+def _render(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool) -> str:
+    own = getattr(processor, "chat_template", None)
+    template = None if own else _fallback_template(processor)
+    if template is None and not own:
         raise ModelError("the processor has no chat template; set processor.chat_template, or give one in the recipe")
+    options = {"enable_thinking": thinking} if "enable_thinking" in str(own or template) else {}
     try:
         text = processor.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template does not take this conversation: {error}; {_NEEDED}") from error
@@ -175,64 +189,86 @@ _NEEDED = "it must take messages whose content is a list of {'type': 'image'} an
 def assistant_spans(processor: Any, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
     r"""The whole conversation's text, and the characters [start, end) of each assistant turn in it.
 
-    Some templates write other white space before an answer than at the end of their generation prompt
-    (LLaVA-OneVision's: `assistant \n` and `assistant\n`). What the prompt of inference has stands in the text, then.
+    Some templates write something else before an answer than at the end of their generation prompt: other white
+    space (LLaVA-OneVision's: `assistant \n` and `assistant\n`), or empty thinking (Qwen3.5's:
+    `<think>\n\n</think>\n\n` in the prompt, nothing before answers further up). What the prompt of inference has
+    stands in the text, then.
 
     Raises:
         DataError: the template writes earlier turns differently once later ones follow, so that no prompt of
             inference is what the model would be trained on; or as `render_chat`.
     """
-    text = render_chat(processor, turns, add_generation_prompt=False)
+    text = _without_empty_thinking(render_chat(processor, turns, add_generation_prompt=False))
+    thinking = _thinks(turns)
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     position = length = 0
     for number, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        prompt = render_chat(processor, turns[:number], add_generation_prompt=True)
-        whole = number + 1 == len(turns)
-        answered = text if whole else render_chat(processor, turns[: number + 1], add_generation_prompt=False)
-        history, begin = len(prompt), len(prompt)
-        if not answered.startswith(prompt):
-            history, begin = _other_white_space(processor, turns[: number + 1], prompt, answered)
+        before, until = turns[:number], turns[: number + 1]
+        history, header = _history_and_header(processor, before, thinking)
+        answered = _without_empty_thinking(
+            render_chat(processor, until, add_generation_prompt=False, thinking=thinking)
+        )
+        begin = _answer_start(history, header, answered) if header is not None else -1
         if begin < 0 or not text.startswith(answered):
             raise DataError(
                 f"the chat template writes the turns before turn {number} differently once it has been answered "
-                f"(around {_parting(answered, prompt, text)!r}); use a template that only appends"
+                f"(around {_parting(answered, history + (header or ''), text)!r}); use a template that only appends"
             )
-        pieces += [text[position:history], prompt[history:], answered[begin:]]
-        length += history - position + len(prompt) - history
-        spans.append((length, length + len(answered) - begin))
+        pieces += [text[position : len(history)], str(header), answered[begin:]]
+        start = length + len(history) - position + len(str(header))
+        spans.append((start, start + len(answered) - begin))
         position, length = len(answered), spans[-1][1]
     return "".join([*pieces, text[position:]]), spans
 
 
-def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:
+_EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
+
+
+def _without_empty_thinking(text: str) -> str:
+    return _EMPTY_THINKING.sub("", text)
+
+
+def _history_and_header(processor: Any, turns: Sequence[Turn], thinking: bool) -> tuple[str, str | None]:
+    """The turns before an answer, and what the generation prompt adds to them; None if it changes them."""
+    history = render_chat(processor, turns, add_generation_prompt=False, thinking=thinking)
+    prompt = render_chat(processor, turns, add_generation_prompt=True, thinking=thinking)
+    return _without_empty_thinking(history), prompt[len(history) :] if prompt.startswith(history) else None
+
+
+def _answer_start(history: str, header: str, answered: str) -> int:
+    """The character of `answered` at which the answer behind `history` begins; -1 if another header stands there.
+
+    A header that differs in white space or empty thinking only is the same.
+    """
+    if answered.startswith(history + header):
+        return len(history) + len(header)
+    if not answered.startswith(history):
+        return -1
+    words = "".join(_without_empty_thinking(header).split())
+    found = re.compile(r"\s*".join(map(re.escape, words)) + r"\s*").match(answered, len(history))
+    return found.end() if found else -1
+
+
+def render_prompt(processor: Any, turns: Sequence[Turn], *, thinking: bool = False) -> str:
     """The text before an answer, as at inference: earlier answers stand in it as `assistant_spans` writes them.
 
     Raises:
         DataError, ModelError: as `render_chat`.
     """
-    prompt = render_chat(processor, turns, add_generation_prompt=True)
+    thinks = thinking or _thinks(turns)
+    prompt = render_chat(processor, turns, add_generation_prompt=True, thinking=thinks)
     if all(turn.role != "assistant" for turn in turns):
         return prompt
-    history = render_chat(processor, turns, add_generation_prompt=False)
     try:
         text, _ = assistant_spans(processor, turns)
     except DataError:
         # A template that rewrites earlier turns cannot be trained on, but it does say what to ask.
         return prompt
-    return text + prompt[len(history) :] if prompt.startswith(history) else prompt
-
-
-def _other_white_space(processor: Any, turns: Sequence[Turn], prompt: str, answered: str) -> tuple[int, int]:
-    """Characters of `answered` before the last turn, and before its answer; -1 where more than white space differs."""
-    history = render_chat(processor, turns[:-1], add_generation_prompt=False)
-    if not (prompt.startswith(history) and answered.startswith(history)):
-        return 0, -1
-    header = re.compile(r"\s*".join(map(re.escape, "".join(prompt[len(history) :].split()))) + r"\s*")
-    found = header.match(answered, len(history))
-    return len(history), found.end() if found else -1
+    _, header = _history_and_header(processor, turns, thinks)
+    return prompt if header is None else text + header
 
 
 def _parting(answered: str, prompt: str, text: str) -> str:

@@ -63,8 +63,11 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
     return encoded | token_types(processor, encoded) | expansion.tensors
 
 
-def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media) -> Encoded:
+def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media, *, thinking: bool = False) -> Encoded:
     """A prompt as the model's forward takes it, tokenised as training sees it.
+
+    Args:
+        thinking: ask for reasoning, where the chat template can be told to (`enable_thinking`).
 
     Returns:
         As `encode_sample`, without labels.
@@ -72,7 +75,7 @@ def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media) -> Encode
     Raises:
         DataError: a text that holds a control token, or turns that the chat template refuses.
     """
-    prompt = prompt_of(processor, turns)
+    prompt = prompt_of(processor, turns, thinking=thinking)
     count_media(processor, prompt, _counts(media))
     expansion = expand(processor, prompt.text, media)
     ids = prompt_tokens(processor, expanded(prompt, expansion.replacements))

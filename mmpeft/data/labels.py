@@ -74,14 +74,14 @@ def conversation_of(processor: Any, turns: Sequence[Turn]) -> Conversation:
     return Conversation(text=text, spans=tuple(spans), media=media_spans(processor, text))
 
 
-def prompt_of(processor: Any, turns: Sequence[Turn]) -> Conversation:
-    """The text before an answer, as at inference.
+def prompt_of(processor: Any, turns: Sequence[Turn], *, thinking: bool = False) -> Conversation:
+    """The text before an answer, as at inference; with `thinking`, where the template can be told to think.
 
     Raises:
         DataError: as `conversation_of`.
     """
     check_texts(processor, turns)
-    text = render_prompt(processor, turns)
+    text = render_prompt(processor, turns, thinking=thinking)
     return Conversation(text=text, spans=(), media=media_spans(processor, text))
 
 

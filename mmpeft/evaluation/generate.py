@@ -150,7 +150,9 @@ def _length(processor: Any, question: Question, media_root: Path) -> int:
 
 def _encode_question(processor: Any, question: Question, media_root: Path, limits: MediaLimits) -> Encoded:
     with _naming(question):
-        return encode_prompt(processor, question.prompt, load_media(question, root=media_root, limits=limits))
+        media = load_media(question, root=media_root, limits=limits)
+        # A question whose reference reasons is asked for reasoning, as its sample in training is.
+        return encode_prompt(processor, question.prompt, media, thinking="</think>" in question.reference)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,25 @@ FORGETFUL = CHAT_TEMPLATE.replace(
 
 THINKING_PROMPT = CHAT_TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}")
 
+HYBRID_THINKING = (
+    "{%- set last = namespace(user=0) -%}"
+    "{%- for message in messages if message['role'] == 'user' -%}{%- set last.user = messages.index(message) -%}"
+    "{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] | map(attribute='text', default='<image>') | join -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- set thought = content.split('</think>')[0].split('<think>')[-1] | trim if '</think>' in content else '' -%}"
+    "{%- set content = content.split('</think>')[-1] | trim -%}"
+    "{%- if loop.index0 > last.user -%}{{ '<think>\n' + thought + '\n</think>\n\n' }}{%- endif -%}{{ content }}"
+    "{%- else -%}{{ content }}{%- endif -%}{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}"
+    "{%- else -%}{{ '<think>\n' }}{%- endif -%}{%- endif -%}"
+)
+"""Qwen3.5's: thinking unless told otherwise, and answers further up lose what was thought."""
+
 CLOSED_AT_THE_END = CHAT_TEMPLATE.replace(
     "{{ '<|im_end|>\n' }}",
     "{{ '<|im_end|>' + ('<|pad|>' if loop.last and message['role'] == 'assistant' else '\n') }}",

@@ -59,6 +59,31 @@ def test_where_only_white_space_differs_the_prompt_of_inference_is_trained_on():
     assert text.startswith(render_prompt(processor, turns[:3]))
 
 
+NO_THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def test_plain_answers_are_trained_and_asked_without_thinking():
+    processor = processor_with(templates.HYBRID_THINKING)
+    turns = conversation("<image>q1", "a1", "q2", "a2")
+    text, spans = assistant_spans(processor, turns)
+    assert text == (
+        f"<|im_start|>user\n<image>q1<|im_end|>\n{NO_THOUGHT}a1<|im_end|>\n"
+        f"<|im_start|>user\nq2<|im_end|>\n{NO_THOUGHT}a2<|im_end|>\n"
+    )
+    assert [text[start:end] for start, end in spans] == ["a1<|im_end|>\n", "a2<|im_end|>\n"]
+    for number in (1, 3):
+        assert text.startswith(render_prompt(processor, turns[:number]))
+    assert render_chat(processor, turns[:1], add_generation_prompt=True).endswith(NO_THOUGHT)
+
+
+def test_answers_that_reason_are_trained_and_asked_with_thinking():
+    processor = processor_with(templates.HYBRID_THINKING)
+    turns = conversation("q", "<think>\nseven?\n</think>\n\n7")
+    text, ((start, end),) = assistant_spans(processor, turns)
+    assert text[start:end] == "seven?\n</think>\n\n7<|im_end|>\n"
+    assert render_prompt(processor, turns[:1], thinking=True) == text[:start]
+
+
 def test_a_prompt_is_the_templates_own_where_it_rewrites_earlier_turns():
     processor = processor_with(templates.FORGETFUL)
     turns = conversation("q1", "a1", "q2")
