@@ -14,6 +14,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.encode import Encoded, encode_sample
 from mmpeft.data.load_media import MediaLimits, load_media
+from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
 from mmpeft.data.problems import LISTED, Problem, problems_error
 from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
@@ -125,7 +126,7 @@ def questions_of(sample: Sample) -> list[Question]:
 
 
 def load_dataset(
-    path: str | Path,
+    path: str | Path | Sequence[Source | Mapping[str, Any] | str | Path],
     *,
     media_root: str | Path | None = None,
     processor: Any,
@@ -134,27 +135,63 @@ def load_dataset(
     max_skipped: float = 0.01,
     verify: Verify | None = None,
     limits: MediaLimits | None = None,
-) -> MultimodalDataset:
-    """A LLaVA JSON or JSONL file as a data set that `transformers.Trainer` takes.
+    seed: int = 0,
+) -> MultimodalDataset | MixedDataset:
+    """A LLaVA JSON or JSONL file, or several with weights, as a data set that `transformers.Trainer` takes.
 
     Args:
-        path: the data file.
-        media_root: folder that picture paths are relative to, and that none may leave; default: the file's own.
+        path: the data file; or a list of them, each a path or a mapping of `Source`'s fields
+            (`[{"path": "vqa.json", "weight": 2.0}, "captions.jsonl"]`): see `MixedDataset` for what a weight means.
+        media_root: folder that picture paths are relative to, and that none may leave; default: each file's own.
         processor: a transformers processor with a chat template and a fast tokenizer.
         max_length: longest row in tokens, pictures included; a longer one loses its tail, never half a picture.
         on_error: `error` raises if any sample cannot be used; `skip` leaves it out, logged and listed in
             `.skipped`.
-        max_skipped: with `skip`, the most samples that may be left out: a share of the file below 1, else a count.
+        max_skipped: with `skip`, the most samples that may be left out of each file: a share below 1, else a count.
         verify: how far pictures are read up front: `header` (the default under `error`; a picture that is broken
             further on raises when it is taken) or `decode` (the default under `skip`, so that every process
             leaves out the same samples).
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
+        seed: which samples of a source with a weight come up when; of a list only.
 
     Raises:
-        DataError: samples that cannot be used, listed together; too many of them; or none left.
+        DataError: samples that cannot be used, listed together; too many of them; or none left. Of a list, the
+            message begins with the source's name.
         OutputError: the datasets cache cannot be written.
     """
-    path = Path(path)
+
+    def load(source: Source) -> MultimodalDataset:
+        return _load_file(
+            Path(source.path),
+            media_root=media_root if source.media_root is None else source.media_root,
+            processor=processor,
+            max_length=max_length,
+            on_error=on_error,
+            max_skipped=max_skipped,
+            verify=verify,
+            limits=limits,
+        )
+
+    if isinstance(path, str | Path):
+        return load(Source(path=path))
+    loaded = []
+    for source in sources_of(path):
+        with naming_source(str(source.name)):
+            loaded.append((source, load(source)))
+    return MixedDataset(loaded, seed=seed)
+
+
+def _load_file(
+    path: Path,
+    *,
+    media_root: str | Path | None,
+    processor: Any,
+    max_length: int | None,
+    on_error: Literal["error", "skip"],
+    max_skipped: float,
+    verify: Verify | None,
+    limits: MediaLimits | None,
+) -> MultimodalDataset:
     root = (Path(media_root) if media_root is not None else path.parent).resolve()
     rows, fingerprint = cached_rows(path)
     limits = limits or MediaLimits()

@@ -8,7 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from mmpeft.config.recipe import EvaluateConfig
+from mmpeft.core.errors import DataError
 from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.data.mixture import MixedDataset
 from mmpeft.evaluation.generate import answer_questions
 from mmpeft.evaluation.metrics import load_metric
 from mmpeft.evaluation.scores import score_answers
@@ -17,7 +19,7 @@ from mmpeft.evaluation.scores import score_answers
 def evaluate_model(
     model: Any,
     processor: Any,
-    dataset: MultimodalDataset,
+    dataset: MultimodalDataset | MixedDataset,
     *,
     metrics: Sequence[str] = ("exact_match", "token_f1", "anls"),
     max_new_tokens: int = 64,
@@ -37,8 +39,11 @@ def evaluate_model(
 
     Raises:
         RecipeError: a metric that does not exist; before any question is asked.
-        DataError: no question, a picture that cannot be read, or a prompt that holds a control token.
+        DataError: no question, a picture that cannot be read, or a prompt that holds a control token; or `dataset` is
+            a mixture of several sources.
     """
+    if not isinstance(dataset, MultimodalDataset):
+        raise DataError("found a mixture of sources; expected the data set of one file: evaluate them one by one")
     for name in metrics:
         load_metric(name)
     state = PartialState()
