@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
+from mmpeft.data.expand import AUDIO_IN_VIDEO
 from mmpeft.families.registry import family_of_processor
 
 TEXT_ALIGNED = frozenset({"token_type_ids", "mm_token_type_ids"})
@@ -49,12 +50,12 @@ class MultimodalCollator:
         spec = family_of_processor(processor)
         self.supervised_only = bool(spec and spec.supervised_logits) if supervised_only is None else supervised_only
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Encoded:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The samples of `encode_sample` as one batch."""
         rows = [torch.as_tensor(sample["input_ids"]) for sample in samples]
         lengths = torch.tensor([len(row) for row in rows])
         labels = self._pad([torch.as_tensor(sample["labels"]) for sample in samples], IGNORE_INDEX)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._pad(rows, self.pad_token_id),
             "attention_mask": (torch.arange(labels.shape[1]) < lengths[:, None]).long(),
             "labels": labels,
@@ -72,16 +73,21 @@ class MultimodalCollator:
         return torch.nn.functional.pad(padded, (0, short), value=value)
 
 
-def join_media(samples: Sequence[Mapping[str, Any]]) -> Encoded:
+def join_media(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The media tensors of all samples, one behind the other in the first dimension.
 
     Where they differ in another (tiles a picture, frames of sound) the smaller ones are filled up with zeros,
     which the models that make such tensors tell by a mask, by picture sizes, or by being all zero:
 
         [1, 5, 3, 16, 16] and [2, 3, 3, 16, 16]   ->   [3, 5, 3, 16, 16]
+
+    `use_audio_in_video` is one truth for the batch.
     """
-    joined = {}
+    joined: dict[str, Any] = {}
     names = {key for sample in samples for key in sample} - TEXT_ALIGNED - {"input_ids", "labels"}
+    if AUDIO_IN_VIDEO in names:
+        names.remove(AUDIO_IN_VIDEO)
+        joined[AUDIO_IN_VIDEO] = True
     for key in sorted(names):
         tensors = [torch.as_tensor(sample[key]) for sample in samples if key in sample]
         largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]

@@ -27,6 +27,9 @@ Encoded = dict[str, torch.Tensor]
 _TEXT_KEYS = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets"}
 )
+AUDIO_IN_VIDEO = "use_audio_in_video"
+"""An argument of the forward, for a whole batch: films and their audio tracks share positions."""
+
 _OFFSETS = "text_replacement_offsets"
 _PROBES = ((16, 16), (48, 32), (64, 64), (512, 512), (640, 64), (64, 640))
 _CACHED_SIZES = 4096
@@ -70,6 +73,11 @@ def expand(processor: Any, text: str, media: Media) -> Expansion:
         found = processor(text=[text], return_text_replacement_offsets=True, return_tensors="pt", **given)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise DataError(f"{type(processor).__name__} refuses its media: {error}") from error
+    if "video_second_per_grid" in found and not _shown_alike(media.videos):
+        raise DataError(
+            f"{type(processor).__name__} takes films of one frame rate in a sample, and its films are shown at unlike "
+            "ones; lower data.media.fps until all have it, or split the sample"
+        )
     if _OFFSETS not in found:
         raise ModelError(
             f"{type(processor).__name__} does not say what it writes in the place of a medium; this needs a processor "
@@ -77,6 +85,8 @@ def expand(processor: Any, text: str, media: Media) -> Expansion:
         )
     written = found[_OFFSETS][0]
     tensors = {key: _tensor(value) for key, value in found.items() if key not in _TEXT_KEYS}
+    if "load_audio_from_video" in given:
+        tensors[AUDIO_IN_VIDEO] = torch.tensor(True)
     return Expansion(
         replacements=tuple(item["replacement"] for item in written),
         modalities=tuple(item["type"] for item in written),
@@ -91,9 +101,12 @@ def _arguments(media: Media) -> dict[str, Any]:
         given["images"] = [list(media.images)]
     if media.videos:
         given["videos"] = [[torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in media.videos]]
+        metadata = [_metadata(video) for video in media.videos]
         given["videos_kwargs"] = {
             "do_sample_frames": False,
-            "video_metadata": [[_metadata(video) for video in media.videos]],
+            "video_metadata": [metadata],
+            # Qwen2.5-Omni takes the time between frames from here, not from the metadata.
+            "fps": metadata[0].sampled_fps,
         }
     tracks = [(index, video.audio) for index, video in enumerate(media.videos) if video.audio is not None]
     recordings = [*media.audios, *(audio for _, audio in tracks)]
@@ -115,6 +128,11 @@ def _metadata(video: Video) -> VideoMetadata:
         duration=video.total_frames / video.fps,
         frames_indices=list(video.indices),
     )
+
+
+def _shown_alike(videos: Sequence[Video]) -> bool:
+    rates = [_metadata(video).sampled_fps for video in videos]
+    return max(rates) <= 1.01 * min(rates)
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """A sample's media, decoded within limits; runs in the workers of a DataLoader, and in threads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.audio import MAX_SECONDS, AudioFacts, TooLong, check_audio, load_audio
 from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image
-from mmpeft.data.types import Media, Question, Sample
+from mmpeft.data.types import Audio, Media, Question, Sample, Video
 from mmpeft.data.video import VideoFacts, check_video, load_video
 
 _CACHED = 65_536
@@ -26,7 +28,7 @@ class MediaLimits:
         sampling_rate: samples a second of recordings.
         max_seconds: seconds of the longest recording or audio track.
         too_long: whether longer ones are an error or are cut.
-        use_audio_in_video: decode the audio tracks of films.
+        use_audio_in_video: decode the audio tracks of films; a film without one is silent then.
     """
 
     max_image_pixels: int = MAX_IMAGE_PIXELS
@@ -57,20 +59,7 @@ def load_media(sample: Sample | Question, *, root: Path, limits: MediaLimits) ->
     """
     return Media(
         images=tuple(load_image(name, root=root, max_image_pixels=limits.max_image_pixels) for name in sample.images),
-        videos=tuple(
-            load_video(
-                name,
-                root=root,
-                fps=limits.fps,
-                max_frames=limits.max_frames,
-                max_pixels=limits.frame_pixels,
-                with_audio=limits.use_audio_in_video,
-                sampling_rate=limits.sampling_rate,
-                max_seconds=limits.max_seconds,
-                too_long=limits.too_long,
-            )
-            for name in sample.videos
-        ),
+        videos=tuple(_film(name, root, limits) for name in sample.videos),
         audios=tuple(
             load_audio(
                 name,
@@ -82,6 +71,26 @@ def load_media(sample: Sample | Question, *, root: Path, limits: MediaLimits) ->
             for name in sample.audios
         ),
     )
+
+
+def _film(name: str, root: Path, limits: MediaLimits) -> Video:
+    film = load_video(
+        name,
+        root=root,
+        fps=limits.fps,
+        max_frames=limits.max_frames,
+        max_pixels=limits.frame_pixels,
+        with_audio=limits.use_audio_in_video,
+        sampling_rate=limits.sampling_rate,
+        max_seconds=limits.max_seconds,
+        too_long=limits.too_long,
+    )
+    if film.audio is not None or not limits.use_audio_in_video:
+        return film
+    # A forward takes the films of a batch all with sound or all without: one that has none is silent.
+    seconds = min(film.total_frames / film.fps, limits.max_seconds)
+    silence = np.zeros(max(1, round(seconds * limits.sampling_rate)), dtype=np.float32)
+    return replace(film, audio=Audio(samples=silence, sampling_rate=limits.sampling_rate))
 
 
 def check_media(sample: Sample, *, root: Path, limits: MediaLimits) -> MediaFacts:

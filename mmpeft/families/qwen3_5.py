@@ -18,7 +18,7 @@ SPEC = FamilySpec(
     modalities=("image", "video"),
     boxes="thousandths",
     note=(
-        "Trained on answers without reasoning it is asked with enable_thinking=False, elsewhere too. Its linear attention "
-        "is slow without the kernels of flash-linear-attention and causal-conv1d."
+        "Trained on answers without reasoning it is asked with enable_thinking=False, elsewhere too. Its linear "
+        "attention is slow without the kernels of flash-linear-attention and causal-conv1d."
     ),
 )

@@ -1,17 +1,27 @@
 """A whole Qwen2.5-Omni: its thinker is trained, its talker is left alone and goes on speaking."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
+from mmpeft.core.errors import DataError
+from mmpeft.data.collate import MultimodalCollator
+from mmpeft.data.encode import encode_sample
+from mmpeft.data.labels import conversation_of
+from mmpeft.data.load_media import MediaLimits, load_media
+from mmpeft.data.types import Media, Sample, Turn
 from mmpeft.families.registry import family_of, trained_model
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.methods.checkpoint import save_adapter
 from mmpeft.methods.plan import describe_training
 from mmpeft.models.checkpoints import load_weights
+from tests.data.films import film as write_film
 from tests.families.qwen import CODES, tiny_whole_omni
-from tests.families.test_qwen_adapters import LORA, PROJECTOR, batch_of
+from tests.families.samples import film, picture, sample_of, sound
+from tests.families.test_adapters import LORA, PROJECTOR
 
 TRAIN = {**PROJECTOR, **LORA}
 
@@ -23,7 +33,10 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def batch(checkpoint):
-    return batch_of(AutoProcessor.from_pretrained(checkpoint), ("image", "audio"))
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    sample = sample_of("<image>\n<audio>\nWhat is it?", "It is red.", images=1, audios=1)
+    media = Media(images=[picture((29, 13))], audios=[sound(1)])
+    return MultimodalCollator(processor, supervised_only=False)([encode_sample(processor, sample, media)])
 
 
 def whole(checkpoint):
@@ -153,3 +166,60 @@ def test_the_whole_and_the_thinker_are_one_family(checkpoint):
     omni = whole(checkpoint)
     assert family_of(omni) is family_of(omni.thinker)
     assert trained_model(omni.thinker) is omni.thinker
+
+
+@pytest.fixture
+def parts(checkpoint):
+    """The processor and the thinker of a whole checkpoint."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    return processor, whole(checkpoint).thinker
+
+
+def test_a_film_with_its_sound_is_what_transformers_makes_of_it(parts):
+    processor, thinker = parts
+    sample = sample_of("<video>\nWhat is said?", "Hello.", videos=1)
+    logits = []
+    for track in (sound(1), sound(1, seed=5)):
+        shown = dataclasses.replace(film(), audio=track)
+        row = encode_sample(processor, sample, Media(videos=[shown]))
+        batch = MultimodalCollator(processor, supervised_only=False)([row])
+        assert batch["use_audio_in_video"] is True
+        text = conversation_of(processor, sample.turns).text
+        own = processor(
+            text=[text],
+            videos=[torch.from_numpy(shown.frames).permute(0, 3, 1, 2)],
+            audio=[track.samples],
+            videos_kwargs={"do_sample_frames": False, "fps": shown.fps / 12},
+            load_audio_from_video=True,
+            audio_from_video_indices=[0],
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            logits.append(thinker(**batch).logits)
+            length = batch["input_ids"].shape[1]
+            assert torch.equal(batch["input_ids"], own["input_ids"][:, :length])
+            expected = thinker(**own, use_audio_in_video=True).logits[:, :length]
+        torch.testing.assert_close(logits[-1], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-5)
+
+
+def test_positions_follow_the_rate_at_which_a_film_is_shown(parts):
+    processor, _ = parts
+    sample = sample_of("<video>\nWhat?", "Hello.", videos=1)
+    row = encode_sample(processor, sample, Media(videos=[film()]))  # every 12th frame of 24 a second, in pairs
+    assert row["video_second_per_grid"].tolist() == [1.0]
+    slow = dataclasses.replace(film(), fps=6.0)
+    assert encode_sample(processor, sample, Media(videos=[slow]))["video_second_per_grid"].tolist() == [4.0]
+    two = sample_of("<video><video>\nWhat?", "Hello.", videos=2)
+    with pytest.raises(DataError, match="films of one frame rate in a sample"):
+        encode_sample(processor, two, Media(videos=[film(), slow]))
+
+
+def test_a_film_without_sound_is_silent_where_sound_is_asked_for(tmp_path):
+    write_film(tmp_path / "a.mp4", frames=50, rate=25)
+    sample = Sample(id="x", turns=(Turn(role="user", text="<video>?"),), videos=("a.mp4",), index=0, line=1)
+    (silent,) = load_media(sample, root=tmp_path, limits=MediaLimits(use_audio_in_video=True)).videos
+    assert silent.audio.samples.shape == (32_000,)
+    assert not silent.audio.samples.any()
+    (plain,) = load_media(sample, root=tmp_path, limits=MediaLimits()).videos
+    assert plain.audio is None
