@@ -17,6 +17,9 @@ IMAGE_PLACEHOLDER = "<image>"
 PLACEHOLDERS: Mapping[Modality, str] = {modality: f"<{modality}>" for modality in MODALITIES}
 """What marks a picture's, a video's and a recording's place."""
 
+BOX_PLACEHOLDER = "<box>"
+"""Marks a box's or point's place in a turn's text, of a sample that has `boxes`; elsewhere it is text."""
+
 WORDS: Mapping[Modality, str] = {"image": "picture", "video": "video", "audio": "recording"}
 """What messages call a medium."""
 
@@ -29,6 +32,26 @@ class Turn:
     text: str
 
 
+BoxUnit = Literal["pixels", "fraction", "thousandths"]
+"""What a box's numbers count: pixels of the upright picture, shares of it from 0 to 1, or thousandths of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A box or a point in a picture, measured from the top left corner, x before y.
+
+    Attributes:
+        values: x1, y1, x2, y2 of a box, or x, y of a point. They are places between pixels: the right edge of a
+            picture that is 640 wide lies at 640.
+        picture: which of the sample's pictures, from 0.
+        unit: what the values count.
+    """
+
+    values: tuple[float, ...]
+    picture: int = 0
+    unit: BoxUnit = "pixels"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One conversation, as it stands in a data file, checked but without pixels.
@@ -37,6 +60,7 @@ class Sample:
         id: the row's own `id`, else its index as text.
         turns: user and assistant in turn (a system turn may stand first); the last is the assistant's.
         images, videos, audios: paths relative to the media root, each in the order of its placeholders.
+        boxes: what each `<box>` in the turns stands for, in order; written into the text when it is encoded.
         kind: the row's own `kind`, a label by which evaluation groups its scores; "" if there is none.
         index: the row's place in its file, from 0.
         line: the line of the file where the row starts, from 1.
@@ -47,6 +71,7 @@ class Sample:
     images: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
     audios: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
     kind: str = ""
     index: int
     line: int

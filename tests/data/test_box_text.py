@@ -5,15 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.boxes import Box, read_boxes, write_box
+from mmpeft.data.box_text import read_boxes, write_box
+from mmpeft.data.types import Box
 
 SIZE, RESIZED = (640, 480), (644, 476)
 STEP = {"fraction": 0.001, "thousandths": 0.001, "resized_pixels": 1 / 476, "location_tokens": 1 / 512}
 
 
-def failure(values, unit="pixel"):
+def failure(values, unit="pixels"):
     with pytest.raises(DataError) as caught:
-        write_box(Box(label="cat", values=values, unit=unit), size=SIZE, convention="fraction")
+        write_box(Box(values=values, unit=unit), size=SIZE, convention="fraction")
     return str(caught.value)
 
 
@@ -27,7 +28,11 @@ def failure(values, unit="pixel"):
     ],
 )
 def test_each_convention_writes_the_left_half(convention, text):
-    for values, unit in (((0, 0, 320, 480), "pixel"), ((0, 0, 0.5, 1), "relative"), ((0, 0, 500, 1000), "thousandths")):
+    for values, unit in (
+        ((0, 0, 320, 480), "pixels"),
+        ((0, 0, 0.5, 1), "fraction"),
+        ((0, 0, 500, 1000), "thousandths"),
+    ):
         box = Box(values=values, unit=unit)
         assert write_box(box, size=SIZE, resized=RESIZED, convention=convention) == text
 
@@ -39,7 +44,7 @@ def test_reading_gives_back_what_was_written_within_rounding(convention, data):
     x1, x2 = sorted((data.draw(share), data.draw(share)))
     y1, y2 = sorted((data.draw(share), data.draw(share)))
     values = data.draw(st.sampled_from([(x1, y1, x2, y2), (x1, y1)]))
-    text = write_box(Box(values=values, unit="relative"), size=SIZE, resized=RESIZED, convention=convention)
+    text = write_box(Box(values=values, unit="fraction"), size=SIZE, resized=RESIZED, convention=convention)
     (box,) = read_boxes(f"The cat is at {text}.", convention=convention, resized=RESIZED)
     assert box.values == pytest.approx(values, abs=STEP[convention])
 
@@ -47,7 +52,7 @@ def test_reading_gives_back_what_was_written_within_rounding(convention, data):
 def test_bad_boxes_say_what_is_wrong():
     assert "NaN or infinite" in failure((0, 0, math.nan, 1))
     assert "is reversed" in failure((10, 0, 5, 1))
-    assert "box 'cat' [0, 0, 641, 1] lies outside the picture of 640 x 480 (unit: pixel)" in failure((0, 0, 641, 1))
+    assert "box [0, 0, 641, 1] lies outside picture 0, which is 640 x 480 (unit: pixels)" in failure((0, 0, 641, 1))
     assert "has 3 values" in failure((0, 0, 1))
     with pytest.raises(DataError, match="need the size to which the processor resizes"):
         write_box(Box(values=(0, 0)), size=SIZE, convention="resized_pixels")
