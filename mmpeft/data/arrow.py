@@ -1,9 +1,10 @@
-"""The rows of a data file as a memory-mapped `datasets.Dataset`: text and paths of media, never pixels.
+"""The rows of a data source as a memory-mapped `datasets.Dataset`: text and names of media, never decoded pixels.
 
-Each file is read once. Its rows lie in the Hugging Face datasets cache under the file's own SHA-256, so a
-changed file is another entry and every process of a run maps the same one:
+Each source is read once. Its rows lie in the Hugging Face datasets cache under the SHA-256 of what they are made
+of, so a changed file is another entry and every process of a run maps the same one. A second hash is of what else
+changes the rows: the layout, the column map, the question, and the container's name where rows hold it:
 
-    $HF_DATASETS_CACHE/mmpeft/<sha-256>-json-v2.arrow
+    $HF_DATASETS_CACHE/mmpeft/<sha-256>-<16 digits>-v3.arrow
     index  line  id    kind   images      turns                                  problem  ignored
     0      1     "s0"  ""     ["0.png"]   [{"role": "user", "text": …}, …]       ""       []
     1      9     "s1"  ""     []          []                                     "no …"   ["source"]
@@ -11,7 +12,7 @@ changed file is another entry and every process of a run maps the same one:
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from mmpeft.core.errors import DataError, OutputError
-from mmpeft.core.hashing import hash_file
-from mmpeft.data.formats import Row, read_rows
+from mmpeft.data.formats import Row, fingerprint, read_rows
 from mmpeft.data.problems import Problem
-from mmpeft.data.reading import check_file
 from mmpeft.data.types import Sample, Turn
 
-READER_VERSION = 2
+READER_VERSION = 3
 """Goes up with every change of what a row becomes, so that entries of an older reader are not used."""
 
 FEATURES = datasets.Features(
@@ -44,36 +43,35 @@ FEATURES = datasets.Features(
 )
 
 
-def cached_rows(path: Path) -> tuple[datasets.Dataset, str]:
-    """All rows of a data file, memory-mapped, and the SHA-256 of the file.
+def cached_rows(
+    path: Path | str, *, columns: Mapping[str, str] | None = None, question: str | None = None
+) -> tuple[datasets.Dataset, str]:
+    """All rows of a data source, memory-mapped, and the SHA-256 of the source; arguments as `read_rows`.
+
+    The SHA-256 is of a file's bytes; of folders and archives it is over names, sizes and times.
 
     Raises:
-        DataError: the file cannot be read as a whole, or holds no row.
+        DataError: the source cannot be read as a whole, or holds no row.
         OutputError: the cache cannot be written.
     """
-    check_file(path)
-    try:
-        digest = hash_file(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    layout = path.suffix.lstrip(".") or "none"
-    entry = Path(datasets.config.HF_DATASETS_CACHE) / "mmpeft" / f"{digest}-{layout}-v{READER_VERSION}.arrow"
+    digest, manner = fingerprint(path, columns=columns, question=question)
+    entry = Path(datasets.config.HF_DATASETS_CACHE) / "mmpeft" / f"{digest}-{manner[:16]}-v{READER_VERSION}.arrow"
     if not entry.is_file():
-        _write(path, entry)
+        _write(path, entry, read_rows(path, columns=columns, question=question))
     return datasets.Dataset.from_file(str(entry)), digest
 
 
-def _write(path: Path, entry: Path) -> None:
+def _write(path: Path | str, entry: Path, rows: Iterable[Row]) -> None:
     temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
     count = 0
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with ArrowWriter(features=FEATURES, path=str(temporary)) as writer:
-            for row in read_rows(path):
+            for row in rows:
                 writer.write(_record(row))
                 count += 1
             if not count:
-                raise DataError(f"{path}: holds no sample; expected a JSON array of samples, or one sample a line")
+                raise DataError(f"{path}: holds no sample; expected rows with samples in them")
             writer.finalize()
         temporary.replace(entry)
     except OSError as error:

@@ -13,7 +13,8 @@ import numpy as np
 from mmpeft.core.errors import DataError
 from mmpeft.core.optional import require
 from mmpeft.data.containers import check_file, opened
-from mmpeft.data.roots import resolve_inside
+from mmpeft.data.embedded import shown
+from mmpeft.data.roots import MediaFile, resolve_inside
 from mmpeft.data.types import Audio
 
 TooLong = Literal["error", "cut"]
@@ -52,7 +53,7 @@ def check_audio(name: str | Path, *, root: Path) -> AudioFacts:
         DataError: as `resolve_inside`; or the file is empty, truncated, corrupt, or has no sound in it.
         MissingDependencyError: soundfile, or PyAV for what it cannot read, is not installed.
     """
-    path, text = resolve_inside(name, root=root, kind=_KIND), str(name)
+    path, text = resolve_inside(name, root=root, kind=_KIND), shown(name)
     if (sound := _sound_file(path, text)) is not None:
         with sound:
             return AudioFacts(
@@ -85,7 +86,7 @@ def load_audio(
         DataError: as `check_audio`; or the recording is longer than the limit, or its samples are not finite.
         MissingDependencyError: soundfile, PyAV or soxr is needed and not installed.
     """
-    path, text = resolve_inside(name, root=root, kind=_KIND), str(name)
+    path, text = resolve_inside(name, root=root, kind=_KIND), shown(name)
     if (sound := _sound_file(path, text)) is None:
         return _with_av(path, text, sampling_rate, max_seconds, too_long)
     with sound:
@@ -112,10 +113,10 @@ def audio_of_video(
 ) -> Audio:
     """The audio track of a film; arguments and errors as `load_audio`, and an error where there is no track."""
     path = resolve_inside(name, root=root, kind=_KIND)
-    return _with_av(path, str(name), sampling_rate, max_seconds, too_long)
+    return _with_av(path, shown(name), sampling_rate, max_seconds, too_long)
 
 
-def _sound_file(path: Path, name: str) -> Any | None:
+def _sound_file(path: MediaFile, name: str) -> Any | None:
     """The recording opened by soundfile; None if soundfile does not know its format."""
     check_file(path, name, _KIND)
     with path.open("rb") as file:
@@ -129,12 +130,12 @@ def _sound_file(path: Path, name: str) -> Any | None:
             raise DataError(f"{_KIND} {name!r} is truncated: {path.stat().st_size} bytes of {claimed + 8}; replace it")
     soundfile = require("soundfile", extra=_EXTRA)
     try:
-        return soundfile.SoundFile(str(path))
+        return soundfile.SoundFile(str(path) if isinstance(path, Path) else path.open("rb"))
     except soundfile.LibsndfileError:
         return None
 
 
-def _with_av(path: Path, name: str, sampling_rate: int, max_seconds: float, too_long: TooLong) -> Audio:
+def _with_av(path: MediaFile, name: str, sampling_rate: int, max_seconds: float, too_long: TooLong) -> Audio:
     with opened(path, name, kind=_KIND, extra=_EXTRA) as container:
         stream = _audio_stream(container, name)
         rate = int(stream.rate)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.optional import require
+from mmpeft.data.roots import MediaFile
 
 MAX_MEDIA_BYTES = 8 * 2**30
 """Bytes of the largest film or recording that is opened."""
@@ -19,7 +19,7 @@ def _open_nothing(url: str, flags: int, options: dict[str, str]) -> None:
     raise PermissionError(f"a media file may not open another: {url}")
 
 
-def check_file(path: Path, name: str, kind: str) -> None:
+def check_file(path: MediaFile, name: str, kind: str) -> None:
     """See that a file is neither empty nor larger than `MAX_MEDIA_BYTES`.
 
     Raises:
@@ -33,7 +33,7 @@ def check_file(path: Path, name: str, kind: str) -> None:
 
 
 @contextmanager
-def opened(path: Path, name: str, *, kind: str, extra: str) -> Iterator[Any]:
+def opened(path: MediaFile, name: str, *, kind: str, extra: str) -> Iterator[Any]:
     """A PyAV input container over a file that Python opened; every failure of ffmpeg inside becomes a DataError.
 
     Raises:

@@ -22,8 +22,9 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from mmpeft.core.errors import DataError
+from mmpeft.data.embedded import shown
+from mmpeft.data.roots import MediaFile, resolve_inside
 from mmpeft.data.roots import is_url as is_url
-from mmpeft.data.roots import resolve_inside
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Pixels (width x height) of the largest picture that is decoded: 192 MB of RGB."""
@@ -49,7 +50,7 @@ FORMATS = tuple(
 _PREFIX_BYTES = 16
 
 
-def resolve_picture(name: str | Path, *, root: Path) -> Path:
+def resolve_picture(name: str | Path, *, root: Path) -> MediaFile:
     """Where a data file's picture lies; as `mmpeft.data.roots.resolve_inside`."""
     return resolve_inside(name, root=root, kind="picture")
 
@@ -63,9 +64,9 @@ def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMA
     path = resolve_picture(name, root=root)
     try:
         with path.open("rb") as file:
-            return _open(file, str(name), max_image_pixels).size
+            return _open(file, shown(name), max_image_pixels).size
     except OSError as error:
-        raise DataError(f"picture {str(name)!r} cannot be read: {error}") from error
+        raise DataError(f"picture {shown(name)!r} cannot be read: {error}") from error
 
 
 def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, ...]:
@@ -77,13 +78,13 @@ def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_I
     path = resolve_picture(name, root=root)
     try:
         with path.open("rb") as file:
-            frames = getattr(_open(file, str(name), max_image_pixels), "n_frames", 1)
+            frames = getattr(_open(file, shown(name), max_image_pixels), "n_frames", 1)
     except DataError:
         raise
     # Counting walks through the file: a corrupt one makes a plugin raise anything.
     except Exception as error:
-        raise DataError(f"picture {str(name)!r} is corrupt or truncated: {_said(error)}") from error
-    return (f"picture {str(name)!r} has {frames} frames; the first is used",) if frames > 1 else ()
+        raise DataError(f"picture {shown(name)!r} is corrupt or truncated: {_said(error)}") from error
+    return (f"picture {shown(name)!r} has {frames} frames; the first is used",) if frames > 1 else ()
 
 
 def load_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -96,16 +97,18 @@ def load_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAG
     path = resolve_picture(name, root=root)
     try:
         with path.open("rb") as file:
-            image = _open(file, str(name), max_image_pixels)
+            image = _open(file, shown(name), max_image_pixels)
             image.load()
             if image.mode == "F":
-                raise DataError(f"picture {str(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel")
+                raise DataError(
+                    f"picture {shown(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel"
+                )
             return to_rgb(ImageOps.exif_transpose(image))
     except (DataError, MemoryError):
         raise
     # A corrupt file makes PIL's plugins raise anything from OSError to zlib.error; each means the same here.
     except Exception as error:
-        raise DataError(f"picture {str(name)!r} is corrupt or truncated: {_said(error)}") from error
+        raise DataError(f"picture {shown(name)!r} is corrupt or truncated: {_said(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

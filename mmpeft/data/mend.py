@@ -1,4 +1,4 @@
-"""A mended copy of a LLaVA file: only what cannot change a sample's meaning is changed, and all of it is listed."""
+"""A mended copy of a JSON data file: only what cannot change a sample's meaning is changed, and all of it is listed."""
 
 import json
 import os
@@ -11,12 +11,15 @@ from typing import Any
 from mmpeft.core.errors import DataError, OutputError
 from mmpeft.core.files import write_json, write_text
 from mmpeft.data.checks.prints import Place, PlaceTable, print_of
-from mmpeft.data.formats import parse_row
+from mmpeft.data.formats import row_parser
 from mmpeft.data.media import load_image
-from mmpeft.data.reading import read_objects
+from mmpeft.data.reading import Located, read_objects
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
 
 _HALF = re.compile("[\ud800-\udfff]")
+
+_TURNS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+"""Where layouts keep turns, and a turn's keys for who speaks and what is said."""
 
 Change = dict[str, Any]
 """`line`, `index`, `change`, `before`, `after`; `why` where a sample is dropped."""
@@ -39,7 +42,7 @@ def mend_data(
         Every change, in order, as in the list that is written.
 
     Raises:
-        DataError: there is no such file, or it is no list of samples from its start on.
+        DataError: there is no such file, it is not JSON, or it is no list of samples from its start on.
         OutputError: `out` is the input, or cannot be written.
     """
     path, out = Path(path), Path(out)
@@ -61,7 +64,7 @@ def count_changes(changes: list[Change]) -> dict[str, int]:
 
 
 def _mended(path: Path, root: Path | None, changes: list[Change]) -> Iterator[str]:
-    seen, index = PlaceTable(), 0
+    seen, index, parse = PlaceTable(), 0, row_parser(path)
     try:
         for index, located in enumerate(read_objects(path)):
             place = Place(index, located.line)
@@ -71,7 +74,10 @@ def _mended(path: Path, root: Path | None, changes: list[Change]) -> Iterator[st
             mends: list[Change] = []
             row = _mend_row(located.value, place, mends)
             try:
-                sample = parse_row(row, file=path, index=index, line=located.line)
+                parsed = parse(Located(line=located.line, value=row), index)
+                if parsed.sample is None:
+                    raise DataError(parsed.problem.located(path) if parsed.problem else "unreadable row")
+                sample = parsed.sample
                 for name in sample.images if root is not None else ():
                     load_image(name, root=root)  # type: ignore[arg-type]
             except DataError as error:
@@ -107,31 +113,35 @@ def _mend_row(row: Any, place: Place, changes: list[Change]) -> Any:
     whole = _whole(row)
     if whole != row:
         changes.append(_change(place, "surrogate replaced", _escaped(row), whole))
-    turns = whole.get("conversations") if isinstance(whole, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and _text(turn) is not None for turn in turns):
-        return whole
-    for turn in turns:
-        trimmed = turn["value"].strip()
-        if turn.get("from") in ("gpt", "assistant") and trimmed and trimmed != turn["value"]:
-            changes.append(_change(place, "white space trimmed", turn["value"], trimmed))
-            turn["value"] = trimmed
-    _place_pictures(whole, turns, place, changes)
+    for key, (speaker, text) in _TURNS.items():
+        turns = whole.get(key) if isinstance(whole, dict) else None
+        if isinstance(turns, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get(text), str) for turn in turns
+        ):
+            _trim(turns, speaker, text, place, changes)
+            _place_pictures(whole, turns, speaker, text, place, changes)
     return whole
 
 
-def _place_pictures(row: dict[str, Any], turns: list[dict[str, Any]], place: Place, changes: list[Change]) -> None:
+def _trim(turns: list[dict[str, Any]], speaker: str, text: str, place: Place, changes: list[Change]) -> None:
+    for turn in turns:
+        trimmed = turn[text].strip()
+        if turn.get(speaker) in ("gpt", "assistant") and trimmed and trimmed != turn[text]:
+            changes.append(_change(place, "white space trimmed", turn[text], trimmed))
+            turn[text] = trimmed
+
+
+def _place_pictures(
+    row: dict[str, Any], turns: list[dict[str, Any]], speaker: str, text: str, place: Place, changes: list[Change]
+) -> None:
     given = row.get("image") if row.get("image") is not None else row.get("images")
     count = len(given) if isinstance(given, list) else int(isinstance(given, str))
-    first = next((turn for turn in turns if turn.get("from") in ("human", "user")), None)
-    if not count or first is None or any(IMAGE_PLACEHOLDER in turn["value"] for turn in turns):
+    first = next((turn for turn in turns if turn.get(speaker) in ("human", "user")), None)
+    if not count or first is None or any(IMAGE_PLACEHOLDER in turn[text] for turn in turns):
         return
-    after = f"{IMAGE_PLACEHOLDER}\n" * count + first["value"]
-    changes.append(_change(place, "placeholder added", first["value"], after))
-    first["value"] = after
-
-
-def _text(turn: dict[str, Any]) -> str | None:
-    return turn["value"] if isinstance(turn.get("value"), str) else None
+    after = f"{IMAGE_PLACEHOLDER}\n" * count + first[text]
+    changes.append(_change(place, "placeholder added", first[text], after))
+    first[text] = after
 
 
 def _whole(value: Any) -> Any:

@@ -1,44 +1,67 @@
-"""Names of media in a data file become paths: always regular files inside the media root, never a URL."""
+"""Names of media in a data file become what can be opened: always inside the media root, never from the network.
+
+a.png, film/b.mp4                      a file below the root
+file:///data/images/a.png              the same, as a URL
+shards/000.tar::cat.jpg                a member of a container below the root
+data:image/png;base64,iVBORw0…         the medium itself
+"""
 
 import re
+import urllib.parse
 from pathlib import Path
 
 from mmpeft.core.errors import DataError
+from mmpeft.data.embedded import Embedded, data_url, member_of, shown, split_member
+
+MediaFile = Path | Embedded
+"""Something with `open("rb")` and `stat().st_size`."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
+_FILE = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE)
 
 
 def is_url(text: str) -> bool:
-    """Whether a medium's name is a URL, which is never fetched, not a path."""
+    """Whether a medium's name is a URL, not a path."""
     return _URL.match(text) is not None
 
 
-def resolve_inside(name: str | Path, *, root: Path, kind: str) -> Path:
-    """Where a data file's medium lies, links followed; always a regular file inside `root`.
+def resolve_inside(name: str | Path, *, root: Path, kind: str) -> MediaFile:
+    """What a data file's name of a medium stands for: a regular file inside `root`, links followed, or a part of one.
 
     Args:
-        name: the name as the data file gives it.
+        name: the name as the data file gives it: a path, a `file:` or `data:` URL, or `container::member`.
         root: the media root.
         kind: what messages call the medium: "picture", "video", "audio file".
 
     Raises:
-        DataError: a URL, a path that leaves `root` (absolute, by `..` or by a link), or no such file.
+        DataError: another URL, a path that leaves `root` (absolute, by `..` or by a link), or no such file or
+            member; a `data:` URL that is malformed, too large, or of another kind.
     """
     text = str(name)
+    if text.startswith("data:"):
+        return data_url(text, kind=kind)
+    if local := _FILE.match(text):
+        text = urllib.parse.unquote(text[local.end() :])
     if is_url(text):
         raise DataError(f"{kind} {text!r} is a URL, and URLs are off: download it and write its path")
+    parts = split_member(text)
     try:
-        base = root.resolve()
-        path = (base / text).resolve()
-        inside = path.is_relative_to(base)
-        regular = inside and path.is_file()
+        # A file may be called so itself.
+        if parts is None or (root / text).exists():
+            return _file_inside(text, root, kind)
+        return member_of(_file_inside(parts[0], root, kind), parts[1])
     except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"{kind} {text!r} is no usable path: {error}") from error
-    if not inside:
+        raise DataError(f"{kind} {shown(text)!r} is no usable path: {error}") from error
+
+
+def _file_inside(text: str, root: Path, kind: str) -> Path:
+    base = root.resolve()
+    path = (base / text).resolve()
+    if not path.is_relative_to(base):
         raise DataError(
             f"{kind} {text!r} lies outside the media root {base} (at {path}); move it inside, or set media_root"
         )
-    if not regular:
+    if not path.is_file():
         found = "is no regular file" if path.exists() else "does not exist"
         raise DataError(f"{kind} {text!r} {found} (tried {path}); correct the path, or set media_root")
     return path

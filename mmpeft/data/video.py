@@ -16,6 +16,7 @@ import numpy as np
 from mmpeft.core.errors import DataError
 from mmpeft.data.audio import MAX_SECONDS, TooLong, audio_of_video
 from mmpeft.data.containers import opened
+from mmpeft.data.embedded import shown
 from mmpeft.data.roots import resolve_inside
 from mmpeft.data.types import Video
 
@@ -59,7 +60,7 @@ def check_video(name: str | Path, *, root: Path) -> VideoFacts:
         DataError: as `resolve_inside`; or the file is empty, too large, corrupt, or has no picture in it.
         MissingDependencyError: PyAV is not installed.
     """
-    path, text = resolve_inside(name, root=root, kind="video"), str(name)
+    path, text = resolve_inside(name, root=root, kind="video"), shown(name)
     with opened(path, text, kind="video", extra=_EXTRA) as container:
         stream = _video_stream(container, text)
         frame = next(container.decode(stream), None)
@@ -110,7 +111,7 @@ def load_video(
     """
     if max_frames < 1 or (fps is not None and not fps > 0) or (max_pixels is not None and max_pixels < 1):
         raise DataError(f"fps ({fps}), max_frames ({max_frames}) and max_pixels ({max_pixels}) must be positive")
-    path, text = resolve_inside(name, root=root, kind="video"), str(name)
+    path, text = resolve_inside(name, root=root, kind="video"), shown(name)
     with opened(path, text, kind="video", extra=_EXTRA) as container:
         stream = _video_stream(container, text)
         times, keys, last = _times(container, stream, text)

@@ -56,7 +56,7 @@ def test_a_link_inside_the_root_is_followed(tmp_path):
     assert load_image("b.png", root=tmp_path).size == (16, 12)
 
 
-@pytest.mark.parametrize("url", ["http://x/a.png", "https://x/a.png", "file:///etc/passwd", "data:image/png;base64,AA"])
+@pytest.mark.parametrize("url", ["http://x/a.png", "https://x/a.png", "ftp://x/a.png"])
 def test_urls_are_off(tmp_path, url):
     assert "is a URL, and URLs are off: download it" in failure(url, tmp_path)
 
