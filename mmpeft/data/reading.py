@@ -5,6 +5,8 @@ its largest object, and every object knows its line:
 
     [ {"id": 1, ...}, {"id": 2, ...}, {"id": 3, ...
       ^ consumed       ^ window: raw_decode from here, read on when the text ends too early
+
+No object may be larger than `MAX_ROW` characters or `MAX_VALUES` values: memory stays bounded whatever the file.
 """
 
 import json
@@ -15,14 +17,26 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmpeft.core.errors import DataError
+from mmpeft.data.sniff import HEAD_BYTES, hint, looks_like
 
 CHUNK = 1 << 20
 """Characters read at a time."""
 
+MAX_ROW = 64 << 20
+"""Characters of the longest row that is read; a conversation of a long book has a few million."""
+
+MAX_VALUES = 4_000_000
+"""Commas and opening brackets of the largest row that is read: each may be a Python object of 50 bytes or more."""
+
 ESCAPE_WIDTH = 16
 """An error this close to the end of the window may come from a token cut by it (`\\u12`, `fals`)."""
 
+SHOWN = 60
+"""Characters of a key that a message quotes."""
+
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BOM = "\ufeff"
+_TOO_LARGE = "put media into files instead of data: URLs, or split the conversation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +51,13 @@ class Located:
 def read_objects(path: Path) -> Iterator[Located]:
     """The values of a JSON array, or of a file with one JSON value a line.
 
-    Which of the two it is, the first character says; `.jsonl` is always the latter.
+    Which of the two it is, the first character says; `.jsonl` is always the latter. A row that says a key twice,
+    or holds a number of thousands of digits, comes as a `Located` with a `fault`, and so does a bad line of a JSON
+    Lines file.
 
     Raises:
-        DataError: no such file, not UTF-8, or an array that is cut off or malformed: names file and line. A
-            bad line of a JSON Lines file is no such error: it comes as a `Located` with a `fault`.
+        DataError: no such file, not UTF-8, or an array that is cut off, malformed or has a row that is too large:
+            names file and line.
     """
     check_file(path)
     try:
@@ -61,10 +77,17 @@ def check_file(path: Path) -> None:
     Raises:
         DataError: it is not: names the data files that lie beside it.
     """
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; expected a .json or .jsonl file")
-    if path.is_file():
-        return
+    try:
+        if path.is_dir():
+            raise DataError(f"{path}: is a directory; expected a .json or .jsonl file")
+        if path.is_file():
+            return
+        if path.exists():
+            raise DataError(f"{path}: is no regular file but a pipe or device; write its content to a file")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is no usable path: {error}") from error
+    if path.is_symlink():
+        raise DataError(f"{path}: is a link to {path.readlink()}, which leads to no file; correct the link")
     folder = path.parent
     names = sorted(file.name for file in folder.glob("*.json*")) if folder.is_dir() else []
     beside = f"; data files beside it: {', '.join(names[:5])}" if names else ""
@@ -72,16 +95,35 @@ def check_file(path: Path) -> None:
 
 
 def _encoding_error(path: Path) -> DataError:
+    """Where and why a file is not UTF-8, found in pieces, for its lines may be of any length."""
+    line, column, rest = 1, 1, b""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        likeness = looks_like(file.read(HEAD_BYTES))
+        advice = f"it looks like {likeness}" if likeness else "save the file as UTF-8"
+        file.seek(0)
+        ended = False
+        while not ended:
+            chunk = file.read(CHUNK)
+            data, ended = rest + chunk, not chunk
             try:
-                raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = data.decode("utf-8")
             except UnicodeDecodeError as error:
-                found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    found = "a UTF-16 byte order mark"
-                return DataError(f"{path}:{number}: not UTF-8 ({found}); save the file as UTF-8")
+                # A character may be cut by the end of a piece.
+                cut = error.reason == "unexpected end of data" and not ended
+                good, rest = data[: error.start], data[error.start :]
+                line, column = _after(good, line, column)
+                if not cut:
+                    return DataError(f"{path}:{line}: not UTF-8 (byte 0x{rest[0]:02x} at column {column}); {advice}")
+            else:
+                line, column = _after(text.encode(), line, column)
+                rest = b""
     return DataError(f"{path}: not UTF-8; save the file as UTF-8")
+
+
+def _after(data: bytes, line: int, column: int) -> tuple[int, int]:
+    """Line and column, in bytes from 1, after `data`."""
+    breaks = data.count(b"\n")
+    return line + breaks, len(data) - data.rfind(b"\n") if breaks else column + len(data)
 
 
 def _first_character(file: TextIO) -> str:
@@ -91,15 +133,80 @@ def _first_character(file: TextIO) -> str:
     return ""
 
 
-def _read_lines(file: TextIO) -> Iterator[Located]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
+class _Decoder:
+    """Decodes JSON and notes what is not wrong enough for the parser to stop, but for the row to be refused."""
+
+    def __init__(self) -> None:
+        self.fault = ""
+        self._strict = json.JSONDecoder(object_pairs_hook=self._object)
+        # Python refuses whole numbers of more than 4,300 digits; as floats they let the row's end be found.
+        self._lenient = json.JSONDecoder(object_pairs_hook=self._object, parse_int=float)
+
+    def decode(self, text: str, position: int) -> tuple[Any, int]:
+        """The value that starts at `position`, and where it ends; `fault` says why it is to be refused."""
+        self.fault = ""
         try:
-            yield Located(line=number, value=json.loads(line))
-        except (ValueError, RecursionError) as error:
-            cut = "" if line.endswith("\n") else "; it is the last line: was the file cut off?"
-            yield Located(line=number, fault=f"not one JSON object on one line: {_said(error)}{cut}")
+            return self._strict.raw_decode(text, position)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            value, end = self._lenient.raw_decode(text, position)
+            self.fault = "it holds a whole number of more than 4300 digits; write it as a string, or shorten it"
+            return value, end
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            self.fault = f"the key {twice[:SHOWN]!r} stands twice in one object; keep one of the two"
+        return value
+
+
+def _read_lines(file: TextIO) -> Iterator[Located]:
+    decoder = _Decoder()
+    for number, line in _lines(file):
+        if line is None:
+            yield Located(line=number, fault=f"the line has more than {MAX_ROW} characters; {_TOO_LARGE}")
+        elif _values(line, 0, len(line)) > MAX_VALUES:
+            yield Located(line=number, fault=f"the line has more than {MAX_VALUES} values; {_TOO_LARGE}")
+        elif line.strip():
+            yield _line(decoder, line, number)
+
+
+def _lines(file: TextIO) -> Iterator[tuple[int, str | None]]:
+    """Lines with their numbers from 1; None for one that is too long."""
+    number = 0
+    while line := file.readline(MAX_ROW):
+        number += 1
+        if len(line) < MAX_ROW or line.endswith("\n"):
+            yield number, line
+            continue
+        while (rest := file.readline(CHUNK)) and not rest.endswith("\n"):
+            pass
+        yield number, None if rest.strip() else line
+
+
+def _line(decoder: _Decoder, line: str, number: int) -> Located:
+    if line.startswith(_BOM):
+        return Located(line=number, fault="begins with a byte order mark: were two files joined? Remove it")
+    start = _SPACE.match(line).end()  # type: ignore[union-attr]
+    try:
+        value, end = decoder.decode(line, start)
+        if not line[end:].strip(" \t\r\n"):
+            return Located(line=number, fault=decoder.fault) if decoder.fault else Located(line=number, value=value)
+        reason = f"found {line[end:].strip()[0]!r} after the first value, at column {end + 1}"
+    except (ValueError, RecursionError) as error:
+        reason = _said(error)
+    cut = "" if line.endswith("\n") else "; it is the last line: was the file cut off?"
+    return Located(line=number, fault=f"not one JSON object on one line: {reason}{cut}")
+
+
+def _values(text: str, start: int, end: int) -> int:
+    """How many values a text may hold at most; not counted where it is too short to hold too many."""
+    if end - start <= MAX_VALUES:
+        return 0
+    return sum(text.count(mark, start, end) for mark in ",[{")
 
 
 def _said(error: Exception) -> str:
@@ -147,12 +254,14 @@ class _CutOffError(Exception):
 
 
 def _read_array(file: TextIO, path: Path) -> Iterator[Located]:
-    window = _Window(file)
+    window, decoder = _Window(file), _Decoder()
     if not window.peek():
         raise DataError(f"{path}: the file is empty; expected a JSON array of samples, or one sample a line")
     if not window.take("["):
+        head = window.text[window.position : window.position + HEAD_BYTES].encode("utf-8", "replace")
         raise DataError(
-            f"{path}:{window.line}: found {window.peek()!r}; expected a JSON array of samples, or one sample a line"
+            f"{path}:{window.line}: found {window.peek()!r}{hint(head)}; "
+            "expected a JSON array of samples, or one sample a line"
         )
     count, last = 0, "before the first sample ended"
     if window.take("]"):
@@ -162,12 +271,12 @@ def _read_array(file: TextIO, path: Path) -> Iterator[Located]:
             raise DataError(_cut(path, window.line, f"before sample {count}, {last}"))
         line = window.line
         try:
-            value = _decode(window, path, count)
+            value = _decode(decoder, window, path, count)
         except _CutOffError:
             begun = f"in the middle of sample {count} (it starts in line {line}), {last}"
             raise DataError(_cut(path, window.line, begun)) from None
-        yield Located(line=line, value=value)
-        name = f"id {value['id']!r}, " if isinstance(value, dict) and "id" in value else ""
+        yield Located(line=line, fault=decoder.fault) if decoder.fault else Located(line=line, value=value)
+        name = f"id {value['id']!r}, "[:SHOWN] if isinstance(value, dict) and "id" in value else ""
         last = f"after sample {count} ({name}line {line})"
         count += 1
         if window.take("]"):
@@ -184,15 +293,16 @@ def _cut(path: Path, line: int, where: str) -> str:
     return f"{path}:{line}: the file ends {where}; it was cut off: fetch or write it again"
 
 
-def _decode(window: _Window, path: Path, count: int) -> Any:
+def _decode(decoder: _Decoder, window: _Window, path: Path, count: int) -> Any:
     """The value that starts at the window's position; reads on until it is whole."""
-    decoder = json.JSONDecoder()
     while True:
         try:
-            value, end = decoder.raw_decode(window.text, window.position)
+            value, end = decoder.decode(window.text, window.position)
         except json.JSONDecodeError as error:
             unfinished = error.msg.startswith("Unterminated string")
             near_end = unfinished or error.pos >= len(window.text) - ESCAPE_WIDTH
+            if near_end:
+                _check_size(window, path, count)
             if near_end and window.more():
                 continue
             position = len(window.text) if unfinished else error.pos
@@ -209,3 +319,16 @@ def _decode(window: _Window, path: Path, count: int) -> Any:
         if end < len(window.text) or not window.more():
             window.advance(end)
             return value
+
+
+def _check_size(window: _Window, path: Path, count: int) -> None:
+    """See that a value that fills the rest of the window, and does not end there, is not too large already."""
+    start, end = window.position, len(window.text)
+    large = end - start >= MAX_ROW
+    if not large and _values(window.text, start, end) <= MAX_VALUES:
+        return
+    limit = f"{MAX_ROW} characters" if large else f"{MAX_VALUES} values"
+    raise DataError(
+        f"{path}:{window.line}: sample {count}, which starts here, has more than {limit} (is a quotation mark or a "
+        f"bracket missing?); {_TOO_LARGE}; in a JSON Lines file (.jsonl) such a row can be left out alone"
+    )

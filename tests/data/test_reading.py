@@ -120,7 +120,49 @@ def test_text_that_is_no_utf8_names_the_line_and_byte(tmp_path, name):
     path.write_bytes(b'{"a": 1}\n{"a": "\xc4\xe3"}\n')
     assert failure(path) == f"{path}:2: not UTF-8 (byte 0xc4 at column 8); save the file as UTF-8"
     path.write_bytes('[{"a": 1}]'.encode("utf-16"))
-    assert "not UTF-8 (a UTF-16 byte order mark)" in failure(path)
+    assert failure(path) == (
+        f"{path}:1: not UTF-8 (byte 0xff at column 1); it looks like UTF-16 text: save it as UTF-8"
+    )
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_text_that_is_no_utf8_is_found_wherever_a_piece_of_the_file_ends(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(reading, "CHUNK", chunk)
+    for bad, column in ((b"\xe7\x8c", 10), (b"\xff", 10), (b"\xed\xa0\x80", 10)):
+        (tmp_path / "a.jsonl").write_bytes('{"a": "猫"}\n'.encode() + b'{"a": "\xc3\xa4' + bad + b'"}\n')
+        assert f":2: not UTF-8 (byte 0x{bad[0]:02x} at column {column})" in failure(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n"\xe7\x8c')
+    assert ":2: not UTF-8 (byte 0xe7 at column 2)" in failure(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_row_too_large_is_refused_with_its_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(reading, "CHUNK", 100)
+    monkeypatch.setattr(reading, "MAX_ROW", 1000)
+    monkeypatch.setattr(reading, "MAX_VALUES", 200)
+    fits, long, many = {"a": "x" * 900}, {"a": "x" * 1500}, {"a": [0] * 300}
+    for row, what in ((long, "1000 characters"), (many, "200 values")):
+        rows = [json.dumps(item) for item in (fits, row, fits)]
+        path = tmp_path / name
+        path.write_text("[" + ",\n".join(rows) + "]" if name == "a.json" else "\n".join(rows))
+        if name == "a.jsonl":
+            found = list(read_objects(path))
+            assert [(item.line, bool(item.fault)) for item in found] == [(1, False), (2, True), (3, False)]
+            assert f"has more than {what}; put media into files" in found[1].fault
+        else:
+            assert f"{path}:2: sample 1, which starts here, has more than {what}" in failure(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_key_said_twice_and_a_number_without_end_are_faults_of_their_row(tmp_path, name):
+    rows = ['{"a": 1, "b": 2, "a": 3}', '{"a": {"b": 1, "b": 1}}', '{"a": ' + "9" * 5000 + "}", '{"a": 1}']
+    (tmp_path / name).write_text("[" + ",\n".join(rows) + "]" if name == "a.json" else "\n".join(rows))
+    found = list(read_objects(tmp_path / name))
+    assert [item.line for item in found] == [1, 2, 3, 4]
+    assert [item.value for item in found] == [None, None, None, {"a": 1}]
+    assert found[0].fault == "the key 'a' stands twice in one object; keep one of the two"
+    assert "the key 'b' stands twice" in found[1].fault
+    assert "more than 4300 digits" in found[2].fault
 
 
 def test_a_missing_file_names_what_lies_beside_it(tmp_path):

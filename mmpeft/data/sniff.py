@@ -1,0 +1,63 @@
+"""What a file really is, by its first bytes, for messages about files that are not what their names say."""
+
+HEAD_BYTES = 64
+"""Bytes that `looks_like` wants to see."""
+
+_BEGINNINGS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"\x1f\x8b", "gzip: unpack it"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"BZh", "bzip2: unpack it"),
+    (b"\xfd7zXZ", "xz: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "zstandard: unpack it"),
+    (b"\xff\xfe", "UTF-16 text: save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text: save it as UTF-8"),
+    (b"PAR1", "parquet: name it .parquet"),
+    (b"%PDF", "a PDF: render its pages"),
+    (b"\x89PNG", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF8", "GIF"),
+    (b"OggS", "Ogg"),
+    (b"fLaC", "FLAC"),
+    (b"ID3", "MP3"),
+    (b"\x1aE\xdf\xa3", "Matroska or WebM"),
+    (b"SQLite format 3", "a SQLite database"),
+)
+_INSIDE = (
+    (4, b"ftypheic", "HEIC: convert it to JPEG or PNG"),
+    (4, b"ftypmif1", "HEIC: convert it to JPEG or PNG"),
+    (4, b"ftypavif", "AVIF: convert it to JPEG or PNG"),
+    (4, b"ftyp", "MP4 or MOV"),
+    (8, b"WEBP", "WebP"),
+    (8, b"WAVE", "WAV"),
+    (8, b"AVI ", "AVI"),
+)
+_MARKUP = (
+    (("<!doctype html", "<html", "<head", "<body"), "an HTML page: an error page of a download?"),
+    (("<svg", "<?xml", "<!doctype svg"), "SVG or XML: render it as PNG"),
+)
+
+
+def looks_like(head: bytes) -> str:
+    """What a file that begins with `head` is, and what to do about it; "" if nothing is known."""
+    for beginning, name in _BEGINNINGS:
+        if head.startswith(beginning):
+            return name
+    for place, mark, name in _INSIDE:
+        if head[place:].startswith(mark):
+            return name
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().decode("latin-1")
+    for marks, name in _MARKUP:
+        if text.startswith(marks):
+            return name
+    if head and not head.strip(b"\0"):
+        return "nothing but zero bytes: a download or a copy that broke off"
+    if b"\0" in head[:2] or head[3:4] == b"\0" == head[1:2]:
+        return "UTF-16 text: save it as UTF-8"
+    return ""
+
+
+def hint(head: bytes) -> str:
+    """` (it looks like …)`, or "" if nothing is known."""
+    found = looks_like(head)
+    return f" (it looks like {found})" if found else ""
