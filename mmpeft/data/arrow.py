@@ -13,6 +13,7 @@ changes the rows: the layout, the column map, the question, and the container's 
 import contextlib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 from mmpeft.core.errors import DataError, OutputError
 from mmpeft.data.formats import Row, fingerprint, read_rows
 from mmpeft.data.problems import Problem
-from mmpeft.data.types import Sample, Turn
+from mmpeft.data.types import Box, Sample, Turn
 
 READER_VERSION = 3
 """Goes up with every change of what a row becomes, so that entries of an older reader are not used."""
@@ -36,6 +37,13 @@ FEATURES = datasets.Features(
         "images": datasets.List(datasets.Value("string")),
         "videos": datasets.List(datasets.Value("string")),
         "audios": datasets.List(datasets.Value("string")),
+        "boxes": datasets.List(
+            {
+                "values": datasets.List(datasets.Value("float64")),
+                "picture": datasets.Value("int64"),
+                "unit": datasets.Value("string"),
+            }
+        ),
         "turns": datasets.List({"role": datasets.Value("string"), "text": datasets.Value("string")}),
         "problem": datasets.Value("string"),
         "ignored": datasets.List(datasets.Value("string")),
@@ -96,6 +104,7 @@ def _record(row: Row) -> dict[str, Any]:
         "images": list(sample.images) if sample else [],
         "videos": list(sample.videos) if sample else [],
         "audios": list(sample.audios) if sample else [],
+        "boxes": [asdict(box) for box in sample.boxes] if sample else [],
         "turns": [{"role": turn.role, "text": turn.text} for turn in sample.turns] if sample else [],
         "problem": _storable(problem.reason) if problem else "",
         "ignored": [_storable(key) for key in row.ignored],
@@ -119,6 +128,9 @@ def row_of(record: Mapping[str, Any]) -> Row:
         images=tuple(record["images"]),
         videos=tuple(record["videos"]),
         audios=tuple(record["audios"]),
+        boxes=tuple(
+            Box(values=tuple(box["values"]), picture=box["picture"], unit=box["unit"]) for box in record["boxes"]
+        ),
         kind=record["kind"],
         index=record["index"],
         line=record["line"],

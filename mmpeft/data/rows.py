@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmpeft.core.errors import DataError
 from mmpeft.core.types import MODALITIES, Modality
+from mmpeft.data.boxes import check_values
 from mmpeft.data.problems import Problem
-from mmpeft.data.types import PLACEHOLDERS, WORDS, Role, Sample, Turn
+from mmpeft.data.types import BOX_PLACEHOLDER, PLACEHOLDERS, WORDS, Box, Role, Sample, Turn
 
 MEDIA_KEYS: Mapping[Modality, tuple[str, ...]] = {modality: (modality, f"{modality}s") for modality in MODALITIES}
 """The keys of a row that hold paths of media: one path, or a list of them."""
@@ -44,12 +46,14 @@ class Draft:
     Attributes:
         turns: the messages, each checked on its own; at least one.
         media: paths, URLs or `container::member`, by modality.
+        boxes: what each `<box>` in the turns stands for, in order.
         id, kind: as they stand in the row.
         speakers: what the layout calls each role, for messages.
     """
 
     turns: tuple[Turn, ...]
     media: Mapping[Modality, tuple[str, ...]] = field(default_factory=dict)
+    boxes: tuple[Box, ...] = ()
     id: Any = None
     kind: Any = None
     speakers: Mapping[Role, str] = field(
@@ -158,16 +162,37 @@ def sample_of(draft: Draft, *, index: int, line: int) -> Sample:
     turns = draft.turns
     for modality, paths in media.items():
         turns = _with_media(turns, modality, len(paths), draft.speakers["user"])
+    _check_boxes(draft.boxes, turns, len(media["image"]))
     return Sample(
         id=text_of(name, "`id`") if name not in (None, "") else str(index),
         turns=turns,
         images=media["image"],
         videos=media["video"],
         audios=media["audio"],
+        boxes=draft.boxes,
         kind=text_of(draft.kind, "`kind`") if draft.kind is not None else "",
         index=index,
         line=line,
     )
+
+
+def _check_boxes(boxes: tuple[Box, ...], turns: tuple[Turn, ...], pictures: int) -> None:
+    """As many `<box>` as boxes, each in a picture that is there; without boxes `<box>` is text like any other."""
+    if not boxes:
+        return
+    found = sum(turn.text.count(BOX_PLACEHOLDER) for turn in turns)
+    if found != len(boxes):
+        raise UnusableError(
+            f"{len(boxes)} box{'' if len(boxes) == 1 else 'es'} but {found} {BOX_PLACEHOLDER} "
+            f"placeholder{'' if found == 1 else 's'}; write one {BOX_PLACEHOLDER} for each box, in order"
+        )
+    for number, box in enumerate(boxes):
+        if box.picture >= pictures:
+            raise UnusableError(f"box {number} is in picture {box.picture}, but there are {pictures}, counted from 0")
+        try:
+            check_values(box)
+        except DataError as error:
+            raise UnusableError(str(error)) from None
 
 
 def _check_order(turns: tuple[Turn, ...], names: Mapping[Role, str]) -> None:

@@ -6,8 +6,9 @@ r"""LLaVA's and ShareGPT's rows: `id`, `image`, `conversations` (LLaMA-Factory's
 
 `image` (or `images`) is one path or a list of them. Every picture has its `<image>` in a human turn, in
 order; only where a sample has exactly one picture and no `<image>` at all is the picture put before the first
-human turn's text. `video` and `<video>`, `audio` and `<audio>` are the same for films and
-recordings. `from` may also say `user` or `assistant`. `id`, `kind` and `system` may be absent.
+human turn's text. `video` and `<video>`, `audio` and `<audio>` are the same for films and recordings, `boxes` and
+`<box>` for boxes and points (see mmpeft.data.layouts.objects). `from` may also say `user` or `assistant`. `id`,
+`kind` and `system` may be absent.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 from mmpeft.config.names import did_you_mean, nearest
 from mmpeft.data.layouts.base import Layout, Options, Tags
+from mmpeft.data.layouts.objects import KEYS as BOX_KEYS
+from mmpeft.data.layouts.objects import boxes_of
 from mmpeft.data.rows import MEDIA_KEYS, MEDIA_ROW_KEYS, Draft, UnusableError, kind_of, media_of, text_of, with_system
 from mmpeft.data.types import WORDS, Role, Turn
 
@@ -26,7 +29,7 @@ ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
 }
 SPEAKERS: Mapping[Role, str] = {"user": "human", "assistant": "gpt", "system": "system"}
-KEYS = ("id", *MEDIA_ROW_KEYS, "conversations", "system", "kind")
+KEYS = ("id", *MEDIA_ROW_KEYS, *BOX_KEYS, "conversations", "system", "kind")
 
 
 def draft(row: Mapping[str, Any], options: Options) -> Draft:
@@ -40,7 +43,9 @@ def draft(row: Mapping[str, Any], options: Options) -> Draft:
     turns = with_system(row, _turns(row, held, options.tags))
     own = options.tags.roles
     speakers: dict[Role, str] = {role: own.get(role, name) for role, name in SPEAKERS.items()}
-    return Draft(id=row.get("id"), kind=row.get("kind"), turns=turns, media=media, speakers=speakers)
+    return Draft(
+        id=row.get("id"), kind=row.get("kind"), turns=turns, media=media, boxes=boxes_of(row), speakers=speakers
+    )
 
 
 def _held(row: Mapping[str, Any]) -> str:

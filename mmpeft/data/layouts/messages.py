@@ -15,12 +15,13 @@ from typing import Any
 from mmpeft.config.names import did_you_mean
 from mmpeft.core.types import MODALITIES, Modality
 from mmpeft.data.layouts.base import Layout, Options
-from mmpeft.data.layouts.objects import with_objects
+from mmpeft.data.layouts.objects import KEYS as BOX_KEYS
+from mmpeft.data.layouts.objects import boxes_of, with_objects
 from mmpeft.data.rows import MEDIA_ROW_KEYS, Draft, UnusableError, kind_of, media_of, text_of, with_system
 from mmpeft.data.types import PLACEHOLDERS, Role, Turn
 
 ROLES: Mapping[str, Role] = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-KEYS = ("id", "messages", *MEDIA_ROW_KEYS, "objects", "system", "kind")
+KEYS = ("id", "messages", *MEDIA_ROW_KEYS, *BOX_KEYS, "objects", "system", "kind")
 PARTS: Mapping[str, Modality] = {
     "image_url": "image",
     "video_url": "video",
@@ -54,8 +55,11 @@ def draft(row: Mapping[str, Any], options: Options) -> Draft:
         if listed[modality] and inline[modality]:
             raise UnusableError(f"`{modality}s` and parts of the messages both name media; keep one of them")
     media = {modality: listed[modality] or tuple(inline[modality]) for modality in MODALITIES}
-    turns = with_objects(turns, row.get("objects"))
-    return Draft(id=row.get("id"), kind=row.get("kind"), turns=turns, media=media)
+    own = boxes_of(row)
+    turns, boxes = with_objects(turns, row.get("objects"))
+    if own and boxes:
+        raise UnusableError("both `boxes` and `objects` are given; keep one of them")
+    return Draft(id=row.get("id"), kind=row.get("kind"), turns=turns, media=media, boxes=own or boxes)
 
 
 def _turn(item: Any, number: int, media: _Found) -> Turn:

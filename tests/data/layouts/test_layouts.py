@@ -3,12 +3,15 @@
 import json
 import re
 
+import datasets
 import pytest
 
 from mmpeft.core.errors import DataError
+from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.check import check_data
 from mmpeft.data.formats import describe, parse_row, read_rows, read_samples
 from mmpeft.data.mend import mend_data
+from mmpeft.data.types import Box
 from tests.data.files import gpt, human, row, write_json, write_lines
 
 Q, A = "Which colour?", "red"
@@ -76,8 +79,23 @@ def test_system_texts_and_history_come_first(tmp_path):
 
 
 def test_what_objects_refer_to_is_written_into_the_text(tmp_path):
-    value = chat("<image>Find the <ref-object>", "There", images=["a.png"], objects={"ref": ["sheep"], "bbox": []})
-    assert only(tmp_path, value).turns[0].text == "<image>Find the sheep"
+    objects = {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [1, 2]]}
+    value = chat("<image><image>Find the <ref-object>", "<bbox> or <bbox>", images=["a.png", "b.png"], objects=objects)
+    sample = only(tmp_path, value)
+    assert [turn.text for turn in sample.turns] == ["<image><image>Find the sheep", "<box> or <box>"]
+    assert sample.boxes == (Box(values=(90.9, 160.8, 135.0, 212.8)), Box(values=(1.0, 2.0)))
+    objects |= {"bbox": [[0, 0, 1, 1], [0.5, 0.5]], "bbox_type": "norm1", "image_id": [1, 0]}
+    assert only(tmp_path, value).boxes[0] == Box(values=(0, 0, 1, 1), picture=1, unit="fraction")
+
+
+def test_boxes_of_a_llava_row_are_kept_through_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    value = row(human("<image>q"), gpt("at <box>"), image="a.png", boxes=[[1, 2, 3, 4]], box_unit="thousandths")
+    sample = only(tmp_path, value)
+    assert sample.boxes == (Box(values=(1, 2, 3, 4), unit="thousandths"),)
+    rows, _ = cached_rows(tmp_path / "a.jsonl")
+    assert row_of(rows[0]).sample == sample
+    assert only(tmp_path, row(human("say <box>"), gpt("<box>"))).boxes == ()
 
 
 BAD = {
@@ -106,8 +124,18 @@ BAD = {
     "a list of answers holds a boolean": {"question": Q, "answers": [True]},
     "the answer is a boolean; expected a string": {"question": Q, "answer": True},
     "whose ending tells of no picture": {"file_name": "a.xyz", "text": "t"},
-    "box 1 holds nan; expected finite numbers": chat(Q, A, objects={"bbox": [[1, 2], [1, float("nan")]]}),
+    "box [1.0, nan] has a value that is NaN": row(human("<image>"), gpt("<box>"), image="a", boxes=[[1, float("nan")]]),
     "box 0 is no list of 2 or 4 numbers": chat(Q, A, objects={"bbox": [[1, 2, 3]]}),
+    "box 0 holds a string; expected numbers": row(boxes=[["1", 2]]),
+    "`boxes` is a number; expected a list": row(boxes=3),
+    "`box_unit` is 'pixel'; did you mean 'pixels'?": row(boxes=[], box_unit="pixel"),
+    "`bbox_type` is 'norm'; did you mean 'norm1'?": chat(Q, A, objects={"bbox_type": "norm"}),
+    "`image_id` has 1 entries for 2 boxes": chat(Q, A, objects={"bbox": [[1, 2], [1, 2]], "image_id": [0]}),
+    "1 box but 0 <box> placeholders": row(human("<image>q"), gpt("a"), image="a", boxes=[[1, 2]]),
+    "box 0 is in picture 1, but there are 1": row(
+        human("<image>q"), gpt("<box>"), image="a", boxes=[{"values": [1, 2], "picture": 1}]
+    ),
+    "is reversed; expected x1": row(human("<image>q"), gpt("<box>"), image="a", boxes=[[5, 5, 1, 9]]),
     "1 entries in `ref` but 2 <ref-object> placeholders": chat("<ref-object><ref-object>", A, objects={"ref": ["x"]}),
 }
 
