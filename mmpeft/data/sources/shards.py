@@ -144,7 +144,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _ordered(row: dict[str, Any], keys: Sequence[str], found: list[str]) -> list[str]:
     """The members in the order in which the JSON names them, if it names each; else in the order of their names."""
-    value = next((row[key] for key in keys if row.get(key) is not None), [])
+    value: Any = next((row[key] for key in keys if row.get(key) is not None), [])
     listed = value if isinstance(value, list) else [value]
     by_name = {PurePosixPath(name).name: name for name in found}
     named = [by_name.get(PurePosixPath(item).name, "") for item in listed if isinstance(item, str)]
