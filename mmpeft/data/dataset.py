@@ -12,12 +12,15 @@ from torch.utils.data import Dataset
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.arrow import cached_rows, row_of
+from mmpeft.data.augment import Augmentation, AugmentSettings, augment, augmentation_of
+from mmpeft.data.box_text import spelt_out
+from mmpeft.data.chat import check_texts
 from mmpeft.data.encode import Encoded, encode_sample
-from mmpeft.data.load_media import MediaLimits, load_media
+from mmpeft.data.load_media import MediaLimits, load_media, placed
 from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
 from mmpeft.data.problems import LISTED, Problem, problems_error
-from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
+from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample, Turn
 from mmpeft.data.verify import verify_rows
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ class MultimodalDataset(Dataset[Encoded]):
         fingerprint: SHA-256 (hex) of the data file's bytes.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
+        augmentation: how samples are varied (see `augment_with`); None if they are not.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class MultimodalDataset(Dataset[Encoded]):
         self._max_length, self.limits = max_length, limits
         self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
         self.skipped, self.truncated = list(skipped), truncated
+        self.augmentation: Augmentation | None = None
+        self._augment_seed = 0
         # Shared memory, so that a loader's workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -70,6 +76,21 @@ class MultimodalDataset(Dataset[Encoded]):
         """Take samples as epoch `epoch` (from 0) has them from now on; `MultimodalTrainer` calls it."""
         self._epoch.fill_(epoch)
 
+    def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
+        """Vary samples from epoch to epoch from now on; `sample` and `questions` stay as the file has them.
+
+        Args:
+            settings: such as `{"flip": True, "colour": {"brightness": 0.2}}` (see `AugmentConfig`); or None.
+            seed: what is drawn depends on it, the sample and the epoch.
+
+        Raises:
+            RecipeError, DataError: as `augmentation_of`; or an alternative text holds a control token of the model.
+        """
+        augmentation = augmentation_of(settings)
+        for options in augmentation.paraphrases.values() if augmentation is not None else ():
+            check_texts(self._processor, [Turn(role="user", text=option) for option in options])
+        self.augmentation, self._augment_seed = augmentation, seed
+
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.
 
@@ -79,6 +100,9 @@ class MultimodalDataset(Dataset[Encoded]):
         sample = self.sample(index)
         try:
             media = load_media(sample, root=self.media_root, limits=self.limits)
+            sample = placed(sample, root=self.media_root, limits=self.limits)
+            if self.augmentation is not None:
+                sample, media = augment(sample, media, self.augmentation, seed=self._augment_seed, epoch=self.epoch)
             return encode_sample(self._processor, sample, media, self._max_length)
         except DataError as error:
             problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
@@ -91,8 +115,15 @@ class MultimodalDataset(Dataset[Encoded]):
         return _sample_of(self._rows[index % len(self)])
 
     def questions(self) -> list[Question]:
-        """One question an assistant turn, in order; ids end in `#1`, `#2` … where a sample has several."""
-        return [question for record in self._rows for question in questions_of(_sample_of(record))]
+        """One question an assistant turn, in order; ids end in `#1`, `#2` … where a sample has several.
+
+        Boxes stand in prompts and references as the model's family writes them.
+        """
+        samples = (
+            spelt_out(self._processor, _sample_of(record), root=self.media_root, limits=self.limits)
+            for record in self._rows
+        )
+        return [question for sample in samples for question in questions_of(sample)]
 
 
 def _sample_of(record: Mapping[str, Any]) -> Sample:
@@ -159,40 +190,39 @@ def load_dataset(
             message begins with the source's name.
         OutputError: the datasets cache cannot be written.
     """
-
-    def load(source: Source) -> MultimodalDataset:
-        return _load_file(
-            Path(source.path),
-            media_root=media_root if source.media_root is None else source.media_root,
-            processor=processor,
-            max_length=max_length,
-            on_error=on_error,
-            max_skipped=max_skipped,
-            verify=verify,
-            limits=limits,
-        )
-
+    options: dict[str, Any] = {
+        "media_root": media_root,
+        "processor": processor,
+        "max_length": max_length,
+        "on_error": on_error,
+        "max_skipped": max_skipped,
+        "verify": verify,
+        "limits": limits,
+    }
     if isinstance(path, str | Path):
-        return load(Source(path=path))
+        return load_file(Source(path=path), **options)
     loaded = []
     for source in sources_of(path):
         with naming_source(str(source.name)):
-            loaded.append((source, load(source)))
+            loaded.append((source, load_file(source, **options)))
     return MixedDataset(loaded, seed=seed)
 
 
-def _load_file(
-    path: Path,
+def load_file(
+    source: Source,
     *,
-    media_root: str | Path | None,
+    media_root: str | Path | None = None,
     processor: Any,
-    max_length: int | None,
-    on_error: Literal["error", "skip"],
-    max_skipped: float,
-    verify: Verify | None,
-    limits: MediaLimits | None,
+    max_length: int | None = None,
+    on_error: Literal["error", "skip"] = "error",
+    max_skipped: float = 0.01,
+    verify: Verify | None = None,
+    limits: MediaLimits | None = None,
 ) -> MultimodalDataset:
-    root = (Path(media_root) if media_root is not None else path.parent).resolve()
+    """All samples of one source, whatever its weight; arguments and errors as `load_dataset`."""
+    path = Path(source.path)
+    given = media_root if source.media_root is None else source.media_root
+    root = (Path(given) if given is not None else path.parent).resolve()
     rows, fingerprint = cached_rows(path)
     limits = limits or MediaLimits()
     findings = verify_rows(
