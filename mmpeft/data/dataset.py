@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,13 @@ import torch
 from torch.utils.data import Dataset
 
 from mmpeft.core.errors import DataError
+from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.augment import Augmentation, AugmentSettings, augment, augmentation_of
 from mmpeft.data.box_text import spelt_out
 from mmpeft.data.chat import check_texts
 from mmpeft.data.encode import Encoded, encode_sample
+from mmpeft.data.formats import source_root
 from mmpeft.data.load_media import MediaLimits, load_media, placed
 from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
@@ -36,7 +39,7 @@ class MultimodalDataset(Dataset[Encoded]):
         path: the data file.
         media_root: the folder that media paths are relative to.
         limits: how much of each medium is decoded.
-        fingerprint: SHA-256 (hex) of the data file's bytes.
+        fingerprint: SHA-256 (hex) of the data file's bytes, and of the column map and question where they were given.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
         augmentation: how samples are varied (see `augment_with`); None if they are not.
@@ -166,14 +169,17 @@ def load_dataset(
     max_skipped: float = 0.01,
     verify: Verify | None = None,
     limits: MediaLimits | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
     seed: int = 0,
 ) -> MultimodalDataset | MixedDataset:
-    """A LLaVA JSON or JSONL file, or several with weights, as a data set that `transformers.Trainer` takes.
+    """Samples in any format that is known, or several sources with weights, as what `transformers.Trainer` takes.
 
     Args:
-        path: the data file; or a list of them, each a path or a mapping of `Source`'s fields
+        path: a data file, a folder, a pattern of shards or `hf://owner/name` (`mmpeft.data.formats` tells what a
+            source may be); or a list of them, each a path or a mapping of `Source`'s fields
             (`[{"path": "vqa.json", "weight": 2.0}, "captions.jsonl"]`): see `MixedDataset` for what a weight means.
-        media_root: folder that picture paths are relative to, and that none may leave; default: each file's own.
+        media_root: folder that picture paths are relative to, and that none may leave; default: each source's own.
         processor: a transformers processor with a chat template and a fast tokenizer.
         max_length: longest row in tokens, pictures included; a longer one loses its tail, never half a picture.
         on_error: `error` raises if any sample cannot be used; `skip` leaves it out, logged and listed in
@@ -183,6 +189,8 @@ def load_dataset(
             further on raises when it is taken) or `decode` (the default under `skip`, so that every process
             leaves out the same samples).
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
+        columns: the source's own names of columns, by ours: `{"question": "frage", "answer": "antwort"}`.
+        question: the question of samples that have none, such as pictures with captions.
         seed: which samples of a source with a weight come up when; of a list only.
 
     Raises:
@@ -200,9 +208,10 @@ def load_dataset(
         "limits": limits,
     }
     if isinstance(path, str | Path):
-        return load_file(Source(path=path), **options)
+        return load_file(Source(path=path, columns=columns, question=question), **options)
     loaded = []
     for source in sources_of(path):
+        source = replace(source, columns=source.columns or columns, question=source.question or question)
         with naming_source(str(source.name)):
             loaded.append((source, load_file(source, **options)))
     return MixedDataset(loaded, seed=seed)
@@ -222,8 +231,10 @@ def load_file(
     """All samples of one source, whatever its weight; arguments and errors as `load_dataset`."""
     path = Path(source.path)
     given = media_root if source.media_root is None else source.media_root
-    root = (Path(given) if given is not None else path.parent).resolve()
-    rows, fingerprint = cached_rows(path)
+    root = (Path(given) if given is not None else source_root(source.path)).resolve()
+    rows, fingerprint = cached_rows(source.path, columns=source.columns, question=source.question)
+    if source.columns or source.question:
+        fingerprint = hash_value([fingerprint, dict(source.columns or {}), source.question])
     limits = limits or MediaLimits()
     findings = verify_rows(
         map(row_of, rows),

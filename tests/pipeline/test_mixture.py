@@ -126,3 +126,29 @@ def test_an_error_names_the_source_before_anything_trains(tmp_path):
     (tmp_path / "data" / "images" / "train-3.png").unlink()
     with pytest.raises(DataError, match=r"^source 'pictures': .*one\.json:\d+: sample 3 .*train-3\.png"):
         run(path)
+
+
+def test_a_run_trains_on_a_table_and_a_folder_and_asks_a_table(tmp_path):
+    path = write_project(tmp_path)
+    images = tmp_path / "data" / "images"
+    lines = [f"train-{number}.png,bright?,{'yes' if number % 2 else 'no'}" for number in range(8)]
+    table = tmp_path / "data" / "table.csv"
+    table.write_text("\n".join(["picture,ask,say", *lines]) + "\n", encoding="utf-8")
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    for number in (8, 9):
+        (captions / f"{number}.png").write_bytes((images / f"train-{number}.png").read_bytes())
+        (captions / f"{number}.txt").write_text("a caption", encoding="utf-8")
+    columns = {"image": "picture", "question": "ask", "answer": "say"}
+    table_source = {"path": str(table), "media_root": str(images), "columns": columns}
+    train = [table_source, {"path": str(captions), "question": "what?", "weight": 2}]
+    path = write_project(tmp_path, stages=STAGE, data={"train": train, "eval": table_source})
+    result = run(path)
+    data = read_json(tmp_path / "run" / "data.json")
+    assert [source["samples"] for source in data["train"]["sources"]] == [8, 2]
+    assert (data["train"]["samples"], data["eval"]["samples"]) == (12, 8)
+    assert result.scores["after"]
+    assert run(path).stages[0]["status"] == "unchanged"
+    train[1]["question"] = "what is there?"
+    path = write_project(tmp_path, stages=STAGE, data={"train": train, "eval": table_source})
+    assert run(path).stages[0]["status"] == "trained"
