@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mmpeft.cli.convert import convert
 from mmpeft.cli.output import EXIT_DATA, JsonOption, err, human, print_json
 from mmpeft.core.lazy import LazyModule
 
@@ -22,6 +23,7 @@ views = LazyModule("mmpeft.data.tokens_view")
 showing = LazyModule("mmpeft.data.show")
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(convert)
 
 PathArgument = Annotated[Path, typer.Argument(help="Data file: LLaVA JSON or JSONL.")]
 RootOption = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: the file's own.")]
