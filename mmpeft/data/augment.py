@@ -6,28 +6,23 @@
 So a run that goes on from a checkpoint sees what it would have seen, and `mmpeft data show --augment` shows it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance
 from pydantic import ValidationError
 
 from mmpeft.config.augment import AugmentConfig, ColourConfig, CropConfig, FlipConfig
-from mmpeft.config.load import Document, describe
+from mmpeft.config.load import Document, describe, load_yaml
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.hashing import hash_value
+from mmpeft.data.altered import coloured_media, crop_window, cropped_film, cropped_images, mirrored_media
 from mmpeft.data.boxes import cropped, holds_places, mirrored, pixel_values
-from mmpeft.data.media import MAX_ASPECT
 from mmpeft.data.paraphrases import check_placeholders, paraphrased, read_paraphrases
 from mmpeft.data.sides import sides_of
-from mmpeft.data.types import Box, Media, Sample
-
-Size = tuple[int, int]
-Window = tuple[int, int, int, int]
-"""Left, top, right, bottom, in pixels."""
+from mmpeft.data.types import Media, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +61,55 @@ def augmentation_of(value: AugmentSettings) -> Augmentation | None:
     if value is None or isinstance(value, Augmentation):
         return value
     if not isinstance(value, AugmentConfig):
-        try:
-            value = AugmentConfig.model_validate(value)
-        except ValidationError as error:
-            raise RecipeError(describe(error, AugmentConfig, Document(value=value, source="augment"))) from None
+        value = _validated(value, Document(value=value, source="augment"))
     table = value.paraphrase or {}
     table = read_paraphrases(table) if isinstance(table, Path) else table
     check_placeholders(table)
     return Augmentation(crop=value.crop, colour=value.colour, flip=value.flip, paraphrases=table)
+
+
+def read_augmentation(path: Path) -> tuple[Augmentation, int]:
+    """The augmentation that a recipe's `data.augment` asks for, or a YAML file of its keys alone; and its seed.
+
+    Raises:
+        RecipeError: the file cannot be read, a recipe has no such block, or a problem of the block, with its line.
+        DataError: as `augmentation_of`.
+    """
+    document = load_yaml(path)
+    block: Any = {key: value for key, value in document.value.items() if key != "seed"}
+    before, seed = 0, document.value.get("seed", 0)
+    if {"model", "data", "stages"} & set(block):
+        data = block.get("data")
+        block, before = data.get("augment") if isinstance(data, Mapping) else None, 2
+        if block is None:
+            raise RecipeError(f"{path}: the recipe has no `data.augment`; add it, or give a file of its keys alone")
+    lines = {
+        place[before:]: line for place, line in document.lines.items() if place[:before] in ((), ("data", "augment"))
+    }
+    found = _validated(block, Document(value=block, source=str(path), lines=lines))
+    settings = augmentation_of(found)
+    assert settings is not None
+    return settings, seed if isinstance(seed, int) else 0
+
+
+def _validated(value: Mapping[str, Any], document: Document) -> AugmentConfig:
+    try:
+        return AugmentConfig.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(describe(error, AugmentConfig, document)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Varied:
+    """What an epoch makes of a sample.
+
+    Attributes:
+        notes: what was done, and what was left because it would be wrong, in a few words each.
+    """
+
+    sample: Sample
+    media: Media
+    notes: tuple[str, ...] = ()
 
 
 def augment(sample: Sample, media: Media, settings: Augmentation, *, seed: int, epoch: int) -> tuple[Sample, Media]:
@@ -83,21 +119,30 @@ def augment(sample: Sample, media: Media, settings: Augmentation, *, seed: int, 
         mirrored or cropped    a sample whose text holds boxes or points as numbers ([0.1, 0.2, 0.5, 0.6])
         mirrored               one whose text names a side, unless `flip.sided` is `swap`
         any of it              a kind that the operation's `except_kinds` names
-    Boxes (`sample.boxes`) move with their picture; a crop never cuts one, it is moved, or grown, to hold them all.
+    Boxes (`sample.boxes`) move with their picture; a crop never cuts one: it is moved, or grown, to hold them all.
 
     Raises:
         DataError: a box that lies outside its picture.
     """
+    varied = augment_with_notes(sample, media, settings, seed=seed, epoch=epoch)
+    return varied.sample, varied.media
+
+
+def augment_with_notes(sample: Sample, media: Media, settings: Augmentation, *, seed: int, epoch: int) -> Varied:
+    """As `augment`, with what was done; errors as there."""
     draw = _Draws(seed, sample, epoch)
+    varied = Varied(sample=sample, media=media)
     if settings.paraphrases:
-        sample = _said_otherwise(sample, settings.paraphrases, draw("paraphrase"))
-    if settings.crop is not None and _happens(settings.crop, sample, draw("crop?")) and not _fixed(sample):
-        sample, media = _cropped(sample, media, settings.crop, draw("crop"))
-    if settings.flip is not None and _happens(settings.flip, sample, draw("flip")) and not _fixed(sample):
-        sample, media = _flipped(sample, media, settings.flip)
-    if settings.colour is not None and _happens(settings.colour, sample, draw("colour?")):
-        media = _coloured(media, settings.colour, draw("colour"))
-    return sample, media
+        varied = _said_otherwise(varied, settings.paraphrases, draw("paraphrase"))
+    seen = bool(media.images or media.videos)
+    if seen and settings.crop is not None and _happens(settings.crop, sample, draw("crop?")):
+        varied = _cropped(varied, settings.crop, draw("crop"))
+    if seen and settings.flip is not None and _happens(settings.flip, sample, draw("flip")):
+        varied = _mirrored(varied, settings.flip)
+    if seen and settings.colour is not None and _happens(settings.colour, sample, draw("colour?")):
+        coloured = coloured_media(varied.media, settings.colour, draw("colour"))
+        varied = replace(varied, media=coloured, notes=(*varied.notes, "other colours"))
+    return varied
 
 
 class _Draws:
@@ -114,115 +159,69 @@ def _happens(block: CropConfig | ColourConfig | FlipConfig, sample: Sample, draw
     return bool(draws.random() < block.probability) and sample.kind not in block.except_kinds
 
 
+def _noted(varied: Varied, note: str) -> Varied:
+    return replace(varied, notes=(*varied.notes, note))
+
+
 def _fixed(sample: Sample) -> bool:
     """Whether the text holds places that could not be moved along."""
     return any(holds_places(turn.text) for turn in sample.turns)
 
 
-def _said_otherwise(sample: Sample, table: Mapping[str, tuple[str, ...]], draws: np.random.Generator) -> Sample:
+def _said_otherwise(varied: Varied, table: Mapping[str, tuple[str, ...]], draws: np.random.Generator) -> Varied:
+    sample = varied.sample
     turns = tuple(
         replace(turn, text=paraphrased(turn.text, table, lambda count: int(draws.integers(count))))
         if turn.role == "user"
         else turn
         for turn in sample.turns
     )
-    return replace(sample, turns=turns)
+    if turns == sample.turns:
+        return varied
+    return _noted(replace(varied, sample=replace(sample, turns=turns)), "other words")
 
 
-def _cropped(sample: Sample, media: Media, crop: CropConfig, draws: np.random.Generator) -> tuple[Sample, Media]:
+def _cropped(varied: Varied, crop: CropConfig, draws: np.random.Generator) -> Varied:
     """Every picture and film cut to a window of its own."""
+    sample, media = varied.sample, varied.media
+    if _fixed(sample):
+        return _noted(varied, "not cropped: its text holds places as numbers")
     sizes = [image.size for image in media.images]
+    places = [(box.picture, pixel_values(box, size=sizes[box.picture])) for box in sample.boxes]
     windows = [
-        crop_window(
-            size, crop, draws, keep=[pixel_values(box, size=size) for box in sample.boxes if box.picture == number]
-        )
+        crop_window(size, crop, draws, keep=[values for picture, values in places if picture == number])
         for number, size in enumerate(sizes)
     ]
     boxes = tuple(cropped(box, size=sizes[box.picture], window=windows[box.picture]) for box in sample.boxes)
-    images = tuple(image.crop(window) for image, window in zip(media.images, windows, strict=True))
-    videos = []
-    for video in media.videos:
-        height, width = video.frames.shape[1:3]
-        left, top, right, bottom = crop_window((width, height), crop, draws)
-        videos.append(replace(video, frames=np.ascontiguousarray(video.frames[:, top:bottom, left:right])))
-    return replace(sample, boxes=boxes), replace(media, images=images, videos=tuple(videos))
+    videos = tuple(cropped_film(video, crop, draws) for video in media.videos)
+    media = replace(media, images=cropped_images(media.images, windows), videos=videos)
+    return replace(
+        varied, sample=replace(sample, boxes=boxes), media=media, notes=(*varied.notes, f"cropped to {_said(windows)}")
+    )
 
 
-def crop_window(
-    size: Size, crop: CropConfig, draws: np.random.Generator, *, keep: list[tuple[float, ...]] | None = None
-) -> Window:
-    """A window within a picture of `size` (width, height).
-
-    Its area is a share of the picture's from `crop.area` (uniform), its width : height the picture's times a factor
-    from `crop.aspect` (log-uniform, of those with which the window is no larger than the picture), both but for whole
-    pixels.
-
-    Args:
-        keep: boxes and points, in pixels, that have to lie inside.
-    """
-    share = draws.uniform(*crop.area)
-    low, high = max(crop.aspect[0], share), min(crop.aspect[1], 1 / share)
-    factor = float(np.exp(draws.uniform(np.log(low), np.log(high))))
-    scales = (np.sqrt(share * factor), np.sqrt(share / factor))
-    spans = []
-    for axis, (whole, scale) in enumerate(zip(size, scales, strict=True)):
-        inside = [value for values in keep or [] for value in values[axis::2]]
-        first = int(np.floor(min(inside))) if inside else whole
-        last = int(np.ceil(max(inside))) if inside else 0
-        length = min(whole, max(1, round(whole * scale), last - first))
-        start = int(draws.integers(max(0, last - length), min(first, whole - length) + 1))
-        spans.append((start, start + length))
-    (left, right), (top, bottom) = spans
-    width, height = right - left, bottom - top
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        return (0, 0, *size)
-    return left, top, right, bottom
+def _said(windows: Sequence[tuple[int, int, int, int]]) -> str:
+    """Where the crops lie: width x height + left + top of each, as X geometries have it."""
+    if not windows:
+        return "a part"
+    return ", ".join(f"{right - left}x{bottom - top}+{left}+{top}" for left, top, right, bottom in windows)
 
 
-def _flipped(sample: Sample, media: Media, flip: FlipConfig) -> tuple[Sample, Media]:
+def _mirrored(varied: Varied, flip: FlipConfig) -> Varied:
     """All pictures and films mirrored, and what names a side with them; or nothing, where that cannot be."""
+    sample, media = varied.sample, varied.media
+    if _fixed(sample):
+        return _noted(varied, "not mirrored: its text holds places as numbers")
     sides = sides_of(tuple(flip.words.items()))
-    texts = [turn.text for turn in sample.turns]
-    if not media.images and not media.videos:
-        return sample, media
-    if any(map(sides.named, texts)):
-        if flip.sided == "leave" or not all(map(sides.swappable, texts)):
-            return sample, media
+    note = "mirrored"
+    if any(sides.named(turn.text) for turn in sample.turns):
+        if flip.sided == "leave":
+            return _noted(varied, "not mirrored: its text names a side")
+        if not all(sides.swappable(turn.text) for turn in sample.turns):
+            return _noted(varied, "not mirrored: its text names a side that has no opposite")
         turns = tuple(replace(turn, text=sides.swapped(turn.text)) for turn in sample.turns)
-        sample = replace(sample, turns=turns)
-    boxes: tuple[Box, ...] = tuple(mirrored(box, size=media.images[box.picture].size) for box in sample.boxes)
-    images = tuple(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in media.images)
-    videos = tuple(replace(video, frames=np.ascontiguousarray(video.frames[:, :, ::-1])) for video in media.videos)
-    return replace(sample, boxes=boxes), replace(media, images=images, videos=videos)
-
-
-def _coloured(media: Media, colour: ColourConfig, draws: np.random.Generator) -> Media:
-    images = tuple(_colour_change(colour, draws)(image) for image in media.images)
-    videos = []
-    for video in media.videos:
-        change = _colour_change(colour, draws)
-        frames = np.stack([np.asarray(change(Image.fromarray(frame))) for frame in video.frames])
-        videos.append(replace(video, frames=frames))
-    return replace(media, images=images, videos=tuple(videos))
-
-
-def _colour_change(colour: ColourConfig, draws: np.random.Generator) -> Callable[[Image.Image], Image.Image]:
-    """A change of colours, drawn once, so that all frames of a film get the same."""
-    by = (colour.brightness, colour.contrast, colour.saturation)
-    factors = [draws.uniform(1 - strength, 1 + strength) for strength in by]
-    turn = draws.uniform(-colour.hue, colour.hue)
-
-    def change(image: Image.Image) -> Image.Image:
-        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for enhancer, factor in zip(enhancers, factors, strict=True):
-            image = enhancer(image).enhance(factor) if factor != 1 else image
-        return _turned(image, turn) if turn else image
-
-    return change
-
-
-def _turned(image: Image.Image, turn: float) -> Image.Image:
-    """The picture with its hues moved along the colour circle; a turn of 1 is the whole of it."""
-    hue, saturation, value = image.convert("HSV").split()
-    moved = (np.asarray(hue).astype(np.int64) + round(turn * 256)) % 256
-    return Image.merge("HSV", (Image.fromarray(moved.astype(np.uint8)), saturation, value)).convert("RGB")
+        sample, note = replace(sample, turns=turns), "mirrored, left and right swapped in its text"
+    boxes = tuple(mirrored(box, size=media.images[box.picture].size) for box in sample.boxes)
+    return replace(
+        varied, sample=replace(sample, boxes=boxes), media=mirrored_media(media), notes=(*varied.notes, note)
+    )

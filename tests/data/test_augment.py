@@ -11,7 +11,8 @@ from PIL import Image
 
 from mmpeft.config.augment import CropConfig
 from mmpeft.core.errors import RecipeError
-from mmpeft.data.augment import Augmentation, augment, augmentation_of, crop_window
+from mmpeft.data.altered import crop_window
+from mmpeft.data.augment import Augmentation, augment, augmentation_of
 from mmpeft.data.types import Box, Media, Sample, Turn, Video
 
 ALL = {"crop": True, "colour": {"hue": 0.1}, "flip": True, "paraphrase": {"What is it?": ["What do you see?", "Say!"]}}
