@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
 from mmpeft.core.types import PARTS, Part
 from mmpeft.families.registry import FAMILIES
 from mmpeft.families.spec import FamilySpec
 
 WALKED = Path(__file__).with_name("walked.json")
-"""One record a model type:
+"""`transformers`, the version that was walked, and `types`, one record a model type:
     step             "picture" or "text": what it was trained on
     parts, found     what inspection finds, and how (types without a file of facts)
     modalities       the same
@@ -59,18 +57,23 @@ class Entry:
 
 
 def walked() -> dict[str, dict[str, Any]]:
-    """The checked-in table."""
-    table: dict[str, dict[str, Any]] = json.loads(WALKED.read_text(encoding="utf-8"))
-    return table
+    """The checked-in records, by model type."""
+    types: dict[str, dict[str, Any]] = json.loads(WALKED.read_text(encoding="utf-8"))["types"]
+    return types
+
+
+def walked_version() -> str:
+    """The version of transformers whose model types these are."""
+    return str(json.loads(WALKED.read_text(encoding="utf-8"))["transformers"])
 
 
 def catalogue() -> tuple[Entry, ...]:
-    """All model types in the order of their names, and those that mmpeft adds to transformers' own."""
+    """All model types in the order of their names, with those that mmpeft has beside transformers' mapping."""
     own = {model_type: spec for spec in FAMILIES for model_type in spec.model_types}
     table = walked()
-    names = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *own})
+    names = sorted({*table, *own})
     return tuple(
-        _first_class(name, own[name], table.get(name, {})) if name in own else _other(name, table.get(name))
+        _first_class(name, own[name], table.get(name, {})) if name in own else _other(name, table[name])
         for name in names
     )
 
@@ -88,9 +91,7 @@ def _first_class(model_type: str, spec: FamilySpec, record: Mapping[str, Any]) -
     )
 
 
-def _other(model_type: str, record: Mapping[str, Any] | None) -> Entry:
-    if record is None:
-        record = {"reason": "this version of transformers has it, and mmpeft has not tried it yet"}
+def _other(model_type: str, record: Mapping[str, Any]) -> Entry:
     parts: dict[Part, tuple[str, ...]] = {
         part: tuple(record["parts"][part]) for part in PARTS if part in record.get("parts", {})
     }

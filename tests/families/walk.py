@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 
 from mmpeft.core.errors import MMPeftError
@@ -97,8 +98,10 @@ def main() -> None:
             kept.setdefault("reason", " ".join(str(error).split()))
         sys.stderr.write(f"{model_type}: {kept.get('step') or kept['reason']}\n")
         table[model_type] = kept
+    # One line a type, so that what changes can be read in a diff.
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(table[name], ensure_ascii=False)}" for name in MODEL_TYPES)
-    catalogue.WALKED.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
+    text = f'{{"transformers": "{transformers.__version__}", "types": {{\n{rows}\n}}}}\n'
+    catalogue.WALKED.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
