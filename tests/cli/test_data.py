@@ -157,3 +157,17 @@ def test_checking_data_needs_neither_torch_nor_transformers():
     code = "import sys, mmpeft.data.check; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_check_says_what_it_reads_and_takes_a_column_map(tmp_path):
+    (tmp_path / "a.csv").write_text("frage,antwort\n1 + 1,2\n")
+    result = invoke("check", tmp_path / "a.csv")
+    assert result.exit_code == 3
+    assert "the nearest is" in result.stdout
+    columns = ("--column", "question=frage", "--column", "answer=antwort")
+    result = invoke("check", tmp_path / "a.csv", *columns)
+    assert result.exit_code == 0
+    first = "question and answer columns in CSV (rows hold `question`, `answer`, by the column map)"
+    assert result.stdout.splitlines()[0] == first
+    value = json.loads(invoke("check", tmp_path / "a.csv", *columns, "--json").stdout)
+    assert (value["source"]["container"], value["source"]["layout"]) == ("CSV", "question and answer columns")
