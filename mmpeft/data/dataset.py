@@ -11,19 +11,18 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
-from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
-from mmpeft.data.augment import Augmentation, AugmentSettings, augment, augmentation_of
+from mmpeft.data.augment import Augmentation, AugmentSettings
 from mmpeft.data.box_text import spelt_out
-from mmpeft.data.chat import check_texts
-from mmpeft.data.encode import Encoded, encode_sample
+from mmpeft.data.encode import Encoded
 from mmpeft.data.formats import source_root
-from mmpeft.data.load_media import MediaLimits, load_media, placed
+from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
+from mmpeft.data.prepare import Preparation
 from mmpeft.data.problems import LISTED, Problem, problems_error
-from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample, Turn
+from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,6 @@ class MultimodalDataset(Dataset[Encoded]):
         fingerprint: SHA-256 (hex) of the data file's bytes, and of the column map and question where they were given.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
-        augmentation: how samples are varied (see `augment_with`); None if they are not.
     """
 
     def __init__(
@@ -58,17 +56,22 @@ class MultimodalDataset(Dataset[Encoded]):
         skipped: Sequence[SkippedSample],
         truncated: int,
     ) -> None:
-        self._rows, self._processor = rows, processor
-        self._max_length, self.limits = max_length, limits
-        self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
+        self._rows = rows
+        self._prepare = Preparation(
+            processor=processor, path=path, media_root=media_root, limits=limits, max_length=max_length
+        )
+        self.path, self.media_root, self.limits, self.fingerprint = path, media_root, limits, fingerprint
         self.skipped, self.truncated = list(skipped), truncated
-        self.augmentation: Augmentation | None = None
-        self._augment_seed = 0
         # Shared memory, so that a loader's workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """How samples are varied (see `augment_with`); None if they are not."""
+        return self._prepare.augmentation
 
     @property
     def epoch(self) -> int:
@@ -89,10 +92,7 @@ class MultimodalDataset(Dataset[Encoded]):
         Raises:
             RecipeError, DataError: as `augmentation_of`; or an alternative text holds a control token of the model.
         """
-        augmentation = augmentation_of(settings)
-        for options in augmentation.paraphrases.values() if augmentation is not None else ():
-            check_texts(self._processor, [Turn(role="user", text=option) for option in options])
-        self.augmentation, self._augment_seed = augmentation, seed
+        self._prepare.augment_with(settings, seed=seed)
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.
@@ -100,16 +100,7 @@ class MultimodalDataset(Dataset[Encoded]):
         Raises:
             DataError: its media cannot be decoded: names file, line, sample and reason.
         """
-        sample = self.sample(index)
-        try:
-            media = load_media(sample, root=self.media_root, limits=self.limits)
-            sample = placed(sample, root=self.media_root, limits=self.limits)
-            if self.augmentation is not None:
-                sample, media = augment(sample, media, self.augmentation, seed=self._augment_seed, epoch=self.epoch)
-            return encode_sample(self._processor, sample, media, self._max_length)
-        except DataError as error:
-            problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
-            raise DataError(problem.located(self.path)) from error
+        return self._prepare(self.sample(index), epoch=self.epoch)
 
     def sample(self, index: int) -> Sample:
         """Sample `index` as it stands in the file; no picture is opened."""
@@ -123,7 +114,7 @@ class MultimodalDataset(Dataset[Encoded]):
         Boxes stand in prompts and references as the model's family writes them.
         """
         samples = (
-            spelt_out(self._processor, _sample_of(record), root=self.media_root, limits=self.limits)
+            spelt_out(self._prepare.processor, _sample_of(record), root=self.media_root, limits=self.limits)
             for record in self._rows
         )
         return [question for sample in samples for question in questions_of(sample)]
