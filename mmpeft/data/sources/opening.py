@@ -1,5 +1,6 @@
 """What kind of container a path names, by its ending and, for folders, by what lies in it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def is_hub_name(text: str) -> bool:
 def is_source(path: Path | str) -> bool:
     """Whether something lies at `path` that could be a data source; a hub name is taken at its word."""
     found = Path(path)
-    return is_hub_name(str(path)) or found.exists() or (shards.is_pattern(found) and found.parent.is_dir())
+    return is_hub_name(str(path)) or os.path.exists(found) or (shards.is_pattern(found) and found.parent.is_dir())
 
 
 def open_container(path: Path | str) -> Container:
@@ -46,7 +47,8 @@ def open_container(path: Path | str) -> Container:
     path = Path(path)
     if shards.is_pattern(path):
         return shards.shards(shards.expand(path), path.parent)
-    if path.is_dir():
+    # Not pathlib's, which raises where a name is too long.
+    if os.path.isdir(path):
         return _folder(path)
     check_file(path)
     suffix = path.suffix.lower()
