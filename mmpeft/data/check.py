@@ -12,6 +12,7 @@ import numpy as np
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.lazy import LazyModule
+from mmpeft.data.boxes import boxes_said
 from mmpeft.data.checks.balance import Balance
 from mmpeft.data.checks.opened import Found, Opened, Seen
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, print_of
@@ -207,7 +208,7 @@ def _media(sample: Sample, media: Opened) -> list[str]:
 def _question(sample: Sample, media: Opened) -> int:
     """A print of the media and of what the user says, letters' case and white space aside."""
     asked = [" ".join(turn.text.lower().split()) for turn in sample.turns if turn.role == "user"]
-    return print_of(*asked, *_media(sample, media))
+    return print_of(*asked, *_media(sample, media), *filter(None, [boxes_said(sample, "user")]))
 
 
 class _Check:
@@ -300,7 +301,8 @@ class _Check:
         if first := self.ids.first(print_of(sample.id), place):
             self.report.warn("same id", f"{where}: the same id as {first}")
         names = (*sample.images, *sample.videos, *sample.audios)
-        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names)
+        boxes = map(repr, sample.boxes)
+        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names, *boxes)
         if first := self.conversations.first(said, place):
             self.report.warn("duplicate", f"{where}: the same pictures and conversation as {first}")
         if self.held_out and (held := self.held_out.questions.get(_question(sample, self.media))):

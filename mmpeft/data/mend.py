@@ -12,6 +12,7 @@ from mmpeft.core.errors import DataError, OutputError
 from mmpeft.core.files import write_json, write_text
 from mmpeft.data.checks.prints import Place, PlaceTable, print_of
 from mmpeft.data.formats import Row, row_parser
+from mmpeft.data.load_media import MediaLimits, placed
 from mmpeft.data.media import load_image
 from mmpeft.data.reading import Located, read_objects
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
@@ -38,8 +39,8 @@ def mend_data(
 
     Mended are: halves of surrogate pairs (replaced by U+FFFD), white space around answers, pictures without any
     `<image>` (put before the first human turn). Left out are repeated samples and rows that are still no sample or
-    whose picture cannot be read. Picture paths stay as they are, and so do keys: `columns` and `question` (as
-    `read_rows` takes them) only say how the rows are read.
+    whose picture cannot be read, or does not hold their box. Picture paths stay as they are, and so do keys:
+    `columns` and `question` (as `read_rows` takes them) only say how the rows are read.
 
     Returns:
         Every change, in order, as in the list that is written.
@@ -84,8 +85,10 @@ def _mended(
                 if parsed.sample is None:
                     raise DataError(parsed.problem.located(path) if parsed.problem else "unreadable row")
                 sample = parsed.sample
-                for name in sample.images if root is not None else ():
-                    load_image(name, root=root)  # type: ignore[arg-type]
+                if root is not None:
+                    for name in sample.images:
+                        load_image(name, root=root)
+                    placed(sample, root=root, limits=MediaLimits())
             except DataError as error:
                 _drop(changes, place, _whole(located.value), str(error))
                 continue
@@ -103,7 +106,8 @@ def _mended(
 
 def _said(sample: Sample) -> int:
     media = (*sample.images, *sample.videos, *sample.audios)
-    return print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *media)
+    boxes = map(repr, sample.boxes)
+    return print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *media, *boxes)
 
 
 def _change(place: Place, change: str, before: Any, after: Any) -> Change:

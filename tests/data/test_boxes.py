@@ -16,6 +16,7 @@ from mmpeft.data.box_text import box_convention, read_boxes, resized_size, with_
 from mmpeft.data.boxes import relative_values
 from mmpeft.data.check import check_data
 from mmpeft.data.encode import encode_sample
+from mmpeft.data.mend import mend_data
 from mmpeft.data.types import Box, Media, Sample, Turn
 from mmpeft.families.registry import family_of
 from mmpeft.models.pixels import limit_pixels
@@ -255,3 +256,29 @@ def test_rows_may_name_their_picture(tmp_path, processor):
     texts = [processor.tokenizer.decode(item["input_ids"]) for item in load_dataset(path, processor=processor)]
     assert all("[0.5, 0.5] [1.0, 1.0]" in text for text in texts)
     assert json.loads(path.read_text().splitlines()[0])["boxes"][0]["image"] == 1
+
+
+def test_other_boxes_make_another_sample(tmp_path):
+    """Alike but for a box: no duplicate, and no leak unless the box of the question is the same."""
+    picture(tmp_path / "a.png", (40, 20))
+
+    def write(name, *boxes):
+        said = (human("<image>What is at <box>?"), gpt("A dog, as at <box>."))
+        rows = [row(*said, id=f"{name}{number}", image="a.png", boxes=pair) for number, pair in enumerate(boxes)]
+        return write_lines(tmp_path / f"{name}.jsonl", rows)
+
+    path = write("a", [[1, 1], [2, 2]], [[1, 1], [3, 3]], [[5, 5], [2, 2]], [[1, 1], [2, 2]])
+    report = check_data(path, eval_path=write("held", [[5, 5], [9, 9]], [[7, 7], [2, 2]]))
+    assert report.found["duplicate"] == 1
+    assert report.found["leak"] == 1
+    assert f"{path}:3: sample 2" in next(message for message in report.errors if "held" in message)
+    changes = mend_data(path, tmp_path / "out.jsonl")
+    assert [(change["change"], change["line"]) for change in changes] == [("duplicate removed", 4)]
+
+
+def test_a_mended_copy_is_without_boxes_outside_their_pictures(tmp_path):
+    picture(tmp_path / "a.png", (40, 20))
+    changes = mend_data(boxed(tmp_path, [[0, 0, 41, 5]]), tmp_path / "out.jsonl")
+    assert [(change["change"], change["line"]) for change in changes] == [("sample dropped", 2)]
+    assert "lies outside picture 0" in changes[0]["why"]
+    assert check_data(tmp_path / "out.jsonl").error_count == 0
