@@ -21,6 +21,7 @@ WALKED = Path(__file__).with_name("walked.json")
     parts, found     what inspection finds, and how (types without a file of facts)
     modalities       the same
     exclude_modules  modules that LoRA has to leave out
+    auto_class       false where the auto class does not give back the base model that was saved
     note             what else a user should know
     reason           why it is not supported; then there is no step
 """

@@ -8,7 +8,7 @@ import transformers
 from mmpeft.core.errors import ModelError, RecipeError
 from mmpeft.families import catalogue
 from tests.families.shrink import MODEL_TYPES, tiny_model
-from tests.families.walk import FIRST_CLASS, recorded_train, walk
+from tests.families.walk import FIRST_CLASS, recorded, walk
 
 TABLE = catalogue.walked()
 
@@ -38,7 +38,7 @@ def types(names):
 def test_parts_training_and_the_plain_adapter(model_type, tmp_path):
     record = TABLE[model_type]
     assert "reason" not in record
-    result = walk(model_type, tmp_path, recorded_train(model_type, record))
+    result = walk(model_type, tmp_path, **recorded(record))
     assert result.items() <= record.items()
 
 

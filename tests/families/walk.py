@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
 from mmpeft.core.errors import MMPeftError
 from mmpeft.families import catalogue
@@ -28,12 +29,17 @@ from tests.families.shrink import MODEL_TYPES, tiny_model
 
 FIRST_CLASS = {model_type for spec in FAMILIES for model_type in spec.model_types}
 
+HAND = ("note", "exclude_modules", "auto_class", "reason")
+"""Fields of a record that are written by hand."""
+
 TOLERANCE = 1e-5
 """Largest difference of logits after reloading; most types give exactly the same."""
 
 
-def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Find parts, attach, take one step, save, reload in plain PEFT; every claim on the way is asserted.
+def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None, *, auto: bool = True) -> dict[str, Any]:
+    """Find parts, attach, take one step, save, reload in plain PEFT and by the auto class; every claim is asserted.
+
+    With `auto` false, the auto class is asserted to give another model back.
 
     Returns:
         The step that was possible, and for a type without a file of facts what inspection found.
@@ -41,6 +47,8 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> 
     model = tiny_model(model_type)
     base, spec = copy.deepcopy(model), family_of(model)
     inputs = inputs_of(model)
+    model.save_pretrained(folder / "base")
+    model.name_or_path = str(folder / "base")
     if train is None:
         train = {"language": {"r": 4}} | ({"projector": "full"} if spec.projector_leaves(model, spec) else {})
     with torch.no_grad():
@@ -64,6 +72,9 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> 
         save_adapter(adapted, folder / "adapter")
         again = PeftModel.from_pretrained(base, folder / "adapter").eval()
         torch.testing.assert_close(again(**inputs.batch).logits, after.logits, rtol=0, atol=TOLERANCE)
+        loaded = AutoModelForImageTextToText.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
+        same = torch.allclose(loaded(**inputs.batch).logits, after.logits, rtol=0, atol=TOLERANCE)
+        assert same == auto, "the auto class"
     return {"step": inputs.step, **({} if model_type in FIRST_CLASS else found(model_type))}
 
 
@@ -77,11 +88,12 @@ def found(model_type: str) -> dict[str, Any]:
     }
 
 
-def recorded_train(model_type: str, record: dict[str, Any]) -> dict[str, Any] | None:
-    """How the type trains where the catalogue says that modules have to be left out."""
-    if "exclude_modules" not in record:
-        return None
-    return {"projector": "full", "language": {"r": 4, "exclude_modules": record["exclude_modules"]}}
+def recorded(record: dict[str, Any]) -> dict[str, Any]:
+    """What the catalogue says of how the type is walked."""
+    options: dict[str, Any] = {"auto": record.get("auto_class", True)}
+    if "exclude_modules" in record:
+        options["train"] = {"projector": "full", "language": {"r": 4, "exclude_modules": record["exclude_modules"]}}
+    return options
 
 
 def main() -> None:
@@ -89,10 +101,10 @@ def main() -> None:
     table = catalogue.walked()
     for model_type in MODEL_TYPES:
         record = table.get(model_type, {})
-        kept = {key: value for key, value in record.items() if key in ("note", "exclude_modules", "reason")}
+        kept = {key: value for key, value in record.items() if key in HAND}
         try:
             with tempfile.TemporaryDirectory() as folder:
-                kept = {**walk(model_type, Path(folder), recorded_train(model_type, record)), **kept}
+                kept = {**walk(model_type, Path(folder), **recorded(record)), **kept}
             kept.pop("reason", None)
         except (MMPeftError, AssertionError, ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             kept.setdefault("reason", " ".join(str(error).split()))
