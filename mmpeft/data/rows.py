@@ -216,15 +216,20 @@ def _check_order(turns: tuple[Turn, ...], names: Mapping[Role, str]) -> None:
         if turn.role == "system":
             raise UnusableError(f"turn {number} is a system turn; expected it in the first place only")
         if number == offset:
-            raise UnusableError(f"the first turn is from {names[turn.role]}; expected a {human} turn")
+            raise UnusableError(f"the first turn is from {names[turn.role]}; expected {_a(human)} turn")
         raise UnusableError(
             f"turns {number - 1} and {number} are both from {names[turn.role]}; "
             f"expected {human} and {gpt} in turn: merge the two, or add what stands between them"
         )
     if turns[-1].role != "assistant":
+        last = names[turns[-1].role]
         raise UnusableError(
-            f"the last turn is from {names[turns[-1].role]}; expected a {gpt} turn: add the answer, or remove the turn"
+            f"the last turn is from {last}; expected {_a(gpt)} turn: add the answer, or remove the turn"
         )
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
 
 
 def _with_media(turns: tuple[Turn, ...], modality: Modality, count: int, human: str) -> tuple[Turn, ...]:
