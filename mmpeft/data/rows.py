@@ -6,7 +6,7 @@ decoded row  -- layouts/<name>.py -->  Draft  -- sample_of -->  Sample
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,16 @@ def kind_of(value: Any) -> str:
         return json.dumps(value)  # NaN, which pandas writes for an empty cell, Infinity or -Infinity
     kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return kinds.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def check_count(turns: Sequence[Any]) -> None:
+    """See that a conversation has no more than `MAX_TURNS` turns.
+
+    Raises:
+        UnusableError: it has.
+    """
+    if len(turns) > MAX_TURNS:
+        raise UnusableError(f"{len(turns)} turns; expected at most {MAX_TURNS}: split the conversation")
 
 
 def text_of(value: Any, what: str) -> str:
@@ -205,8 +215,7 @@ def _check_boxes(boxes: tuple[Box, ...], turns: tuple[Turn, ...], pictures: int)
 
 def _check_order(turns: tuple[Turn, ...], names: Mapping[Role, str]) -> None:
     """A system turn at most in the first place, then user and assistant in turn, the assistant last; not too many."""
-    if len(turns) > MAX_TURNS:
-        raise UnusableError(f"{len(turns)} turns; expected at most {MAX_TURNS}: split the conversation")
+    check_count(turns)
     human, gpt = names["user"], names["assistant"]
     offset = 1 if turns[0].role == "system" else 0
     for number, turn in enumerate(turns[offset:], start=offset):
