@@ -11,6 +11,7 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
+from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.augment import Augmentation, AugmentSettings
@@ -22,6 +23,7 @@ from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
 from mmpeft.data.prepare import Preparation
 from mmpeft.data.problems import LISTED, Problem, problems_error
+from mmpeft.data.stream import SHUFFLE_BUFFER, StreamingDataset
 from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
 
@@ -100,7 +102,11 @@ class MultimodalDataset(Dataset[Encoded]):
         Raises:
             DataError: its media cannot be decoded: names file, line, sample and reason.
         """
-        return self._prepare(self.sample(index), epoch=self.epoch)
+        return self.encoded(index, epoch=self.epoch)
+
+    def encoded(self, index: int, *, epoch: int) -> Encoded:
+        """Sample `index` as epoch `epoch` (from 0) has it, whichever it is now; errors as `dataset[index]`."""
+        return self._prepare(self.sample(index), epoch=epoch)
 
     def sample(self, index: int) -> Sample:
         """Sample `index` as it stands in the file; no picture is opened."""
@@ -162,8 +168,10 @@ def load_dataset(
     limits: MediaLimits | None = None,
     columns: Mapping[str, str] | None = None,
     question: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int = SHUFFLE_BUFFER,
     seed: int = 0,
-) -> MultimodalDataset | MixedDataset:
+) -> MultimodalDataset | MixedDataset | StreamingDataset:
     """Samples in any format that is known, or several sources with weights, as what `transformers.Trainer` takes.
 
     Args:
@@ -182,13 +190,26 @@ def load_dataset(
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
         columns: the source's own names of columns, by ours: `{"question": "frage", "answer": "antwort"}`.
         question: the question of samples that have none, such as pictures with captions.
-        seed: which samples of a source with a weight come up when; of a list only.
+        streaming: read rows while training instead of before, for what is too large to be read twice; of one source,
+            whose length is not known then: see `StreamingDataset`.
+        shuffle_buffer: rows among which a stream's next one is drawn; 1 keeps the file's order.
+        seed: which samples of a source with a weight come up when, and the order of a stream.
 
     Raises:
         DataError: samples that cannot be used, listed together; too many of them; or none left. Of a list, the
             message begins with the source's name.
         OutputError: the datasets cache cannot be written.
     """
+    if streaming:
+        return _stream(
+            _only_source(path, columns, question),
+            preparation={"processor": processor, "max_length": max_length, "limits": limits or MediaLimits()},
+            media_root=media_root,
+            on_error=on_error,
+            max_skipped=max_skipped,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+        )
     options: dict[str, Any] = {
         "media_root": media_root,
         "processor": processor,
@@ -208,6 +229,36 @@ def load_dataset(
     return MixedDataset(loaded, seed=seed)
 
 
+def _only_source(path: Any, columns: Mapping[str, str] | None, question: str | None) -> Source:
+    """The one source of a stream."""
+    if isinstance(path, str | Path):
+        return Source(path=path, columns=columns, question=question)
+    sources = sources_of(path)
+    if len(sources) != 1 or sources[0].weight != 1:
+        raise DataError(
+            f"found {len(sources)} source(s) with weights; expected one without for streaming, since a weight is of a "
+            "source's length: join the files, or leave streaming out"
+        )
+    return replace(sources[0], columns=sources[0].columns or columns, question=sources[0].question or question)
+
+
+def _stream(
+    source: Source, *, preparation: Mapping[str, Any], media_root: str | Path | None, **options: Any
+) -> StreamingDataset:
+    return StreamingDataset(
+        source.path,
+        preparation=Preparation(path=Path(source.path), media_root=_root(source, media_root), **preparation),
+        columns=source.columns,
+        question=source.question,
+        **options,
+    )
+
+
+def _root(source: Source, media_root: str | Path | None) -> Path:
+    given = media_root if source.media_root is None else source.media_root
+    return (Path(given) if given is not None else source_root(source.path)).resolve()
+
+
 def load_file(
     source: Source,
     *,
@@ -221,8 +272,7 @@ def load_file(
 ) -> MultimodalDataset:
     """All samples of one source, whatever its weight; arguments and errors as `load_dataset`."""
     path = Path(source.path)
-    given = media_root if source.media_root is None else source.media_root
-    root = (Path(given) if given is not None else source_root(source.path)).resolve()
+    root = _root(source, media_root)
     rows, fingerprint = cached_rows(source.path, columns=source.columns, question=source.question)
     if source.columns or source.question:
         fingerprint = hash_value([fingerprint, dict(source.columns or {}), source.question])

@@ -12,13 +12,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmpeft.core.errors import RecipeError
+from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
-from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler
+from mmpeft.data.stream import StreamingDataset
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
+from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
+from mmpeft.training.skips import SkipWatch
 
 
 class MultimodalTrainer(Trainer):
@@ -38,6 +40,7 @@ class MultimodalTrainer(Trainer):
 
     def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any) -> None:
         self.learning_rates = learning_rates
+        self.skips: SkipWatch | None = None
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
@@ -67,27 +70,37 @@ class MultimodalTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own on one process; on several, one whose global batches are the same as on one."""
+        """The Trainer's own on one process; on several, and of a stream, one whose global batches are those of one."""
         dataset: Any = self.train_dataset
-        if self.args.world_size == 1 or not hasattr(dataset, "__len__"):
+        streamed = isinstance(dataset, StreamingDataset)
+        if not streamed and (self.args.world_size == 1 or not hasattr(dataset, "__len__")):
             return super().get_train_dataloader()
-        sampler = GlobalBatchSampler(
-            length=len(dataset),
-            micro=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            world=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )
-        return _EpochLoader(
-            BlankedDataset(dataset),
-            batch_sampler=sampler,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
+        collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        if not streamed:
+            return global_loader(dataset, self.args, collator)
+        sampler = stream_sampler(dataset, self.args)
+        self.skips = SkipWatch(sampler, self.accelerator)
+        return stream_loader(sampler, self.args, collator)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of a step, and how many labelled tokens all processes have in them.
+
+        Raises:
+            DataError: a sample cannot be used, or too many of a stream were left out.
+        """
+        batches = self.skips.unpack(epoch_iterator) if self.skips is not None else epoch_iterator
+        try:
+            found = super().get_batch_samples(batches, num_batches, device)
+        except DataError as error:
+            raise from_worker(error) from None
+        if self.skips is not None:
+            self.skips.check((self.state.global_step + 1) * self._step_size())
+        return found
+
+    def _step_size(self) -> int:
+        """Samples of a step, of all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
@@ -210,10 +223,3 @@ class _EpochOfData(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(int(state.epoch or 0))
-
-
-class _EpochLoader(DataLoader):
-    """A DataLoader that hands the Trainer's epoch on to its batch sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
