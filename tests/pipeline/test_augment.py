@@ -122,6 +122,11 @@ def test_several_sources_are_varied_too(tmp_path, processor):
     plain = [mixed[index]["pixel_values"] for index in range(len(mixed))]
     mixed.augment_with({"colour": True}, seed=0)
     assert not any(torch.equal(mixed[index]["pixel_values"], plain[index]) for index in range(len(mixed)))
+    mixed.set_epoch(3)
+    shown = {number: [] for number in range(4)}
+    for index in range(22, 30):
+        shown[mixed.sample(index).index].append(mixed[index]["pixel_values"])
+    assert all(len(pictures) == 2 and not torch.equal(*pictures) for pictures in shown.values())
 
 
 def test_an_alternative_that_would_forge_a_turn_is_refused_before_training(tmp_path, processor):
