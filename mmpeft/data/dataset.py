@@ -15,7 +15,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.augment import Augmentation, AugmentSettings
-from mmpeft.data.box_text import spelt_out
+from mmpeft.data.box_text import box_convention, spelt_out
 from mmpeft.data.encode import Encoded
 from mmpeft.data.formats import source_root
 from mmpeft.data.load_media import MediaLimits
@@ -26,6 +26,7 @@ from mmpeft.data.problems import LISTED, Problem, problems_error
 from mmpeft.data.stream import SHUFFLE_BUFFER, StreamingDataset
 from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
+from mmpeft.families.spec import BoxConvention
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class MultimodalDataset(Dataset[Encoded]):
         fingerprint: SHA-256 (hex) of the data file's bytes, and of the column map and question where they were given.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
+        boxes: how boxes and points are written, by the model's family; None where the file has none.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class MultimodalDataset(Dataset[Encoded]):
         fingerprint: str,
         skipped: Sequence[SkippedSample],
         truncated: int,
+        boxes: BoxConvention | None = None,
     ) -> None:
+        self.boxes = boxes
         self._rows = rows
         self._prepare = Preparation(
             processor=processor, path=path, media_root=media_root, limits=limits, max_length=max_length
@@ -308,6 +312,7 @@ def load_file(
             for problem in findings.problems
         ],
         truncated=findings.truncated,
+        boxes=box_convention(processor) if findings.boxes else None,
     )
 
 

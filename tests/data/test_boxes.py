@@ -214,6 +214,8 @@ def test_questions_hold_their_boxes(tmp_path, families):
     rows = [row(human("<image>What is at <box>?"), gpt("As at <box>."), image="a.png", boxes=[[10, 5], [0, 0, 20, 20]])]
     path = write_lines(tmp_path / "a.jsonl", rows)
     (question,) = load_dataset(path, processor=families["qwen2_vl"][1]).questions()
+    assert load_dataset(path, processor=families["qwen2_vl"][1]).boxes == "thousandths"
+    assert load_dataset(write_lines(tmp_path / "b.jsonl", [row()]), processor=families["llava"][1]).boxes is None
     assert question.prompt[0].text == "<image>What is at [250, 250]?"
     assert question.reference == "As at [0, 0, 500, 1000]."
 
