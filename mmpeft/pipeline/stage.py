@@ -34,7 +34,7 @@ from mmpeft.methods.checkpoint import (
 from mmpeft.methods.plan import TrainingPlan, describe_training
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.arguments import Batch, count_steps, learning_rates, plan_batch, training_arguments
-from mmpeft.pipeline.data import TrainData
+from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
@@ -130,7 +130,7 @@ def run_stage(
     """
     main = PartialState().is_main_process
     batch = plan_batch(recipe, PartialState().num_processes)
-    steps = count_steps(stage, len(dataset), batch.size)
+    steps = count_steps(stage, count_samples(dataset), batch.size)
     checkpoint, done = (last_checkpoint(folder.checkpoints) if resume else None) or (None, None)
     state = {**state, "status": "running", "resumed_from": done}
     PartialState().wait_for_everyone()
@@ -209,6 +209,7 @@ def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) 
         "final_loss": losses[-1] if losses else None,
         "trainable_parameters": plan.trainable,
         "total_parameters": plan.total,
+        **({"skipped": [vars(sample) for sample in trainer.skips.skipped]} if trainer.skips is not None else {}),
     }
 
 
