@@ -51,6 +51,7 @@ def _as_json(entry: Any) -> dict[str, Any]:
         "family": entry.family,
         "tested": f"{entry.step} step" if entry.step else None,
         "modalities": list(entry.modalities),
+        "data": entry.data,
         "parts": {part: {"modules": list(paths), "found": entry.found[part]} for part, paths in entry.parts.items()},
         "note": entry.note,
     }

@@ -20,6 +20,7 @@ WALKED = Path(__file__).with_name("walked.json")
     step             "picture" or "text": what it was trained on
     parts, found     what inspection finds, and how (types without a file of facts)
     modalities       the same
+    data             whether its processor lets `encode_sample` write pictures into a row of tokens; null: it has none
     exclude_modules  modules that LoRA has to leave out
     auto_class       false where the auto class does not give back the base model that was saved
     note             what else a user should know
@@ -44,6 +45,8 @@ class Entry:
         parts: module paths by part.
         found: for each part, how: stated by the family, by `get_encoder` or `get_decoder`, or by a module's name.
         modalities: what it takes beside text.
+        data: whether mmpeft reads data for it, else batches have to be made by the user; None: that depends on the
+            processor that its checkpoint brings.
         note: what a user should know, or why it is not supported; "" if nothing.
     """
 
@@ -54,6 +57,7 @@ class Entry:
     parts: Mapping[Part, tuple[str, ...]]
     found: Mapping[Part, How]
     modalities: tuple[str, ...]
+    data: bool | None
     note: str = ""
 
 
@@ -88,6 +92,7 @@ def _first_class(model_type: str, spec: FamilySpec, record: Mapping[str, Any]) -
         parts={part: spec.parts[part] for part in PARTS if part in spec.parts},
         found=dict.fromkeys(spec.parts, "stated"),
         modalities=spec.modalities,
+        data=True,
         note=spec.note,
     )
 
@@ -104,6 +109,7 @@ def _other(model_type: str, record: Mapping[str, Any]) -> Entry:
         parts=parts,
         found=record.get("found", {}),
         modalities=tuple(record.get("modalities", ())),
+        data=record.get("data"),
         note=record.get("reason") or " ".join(_notes(record, parts)),
     )
 
@@ -111,6 +117,10 @@ def _other(model_type: str, record: Mapping[str, Any]) -> Entry:
 def _notes(record: Mapping[str, Any], parts: Mapping[Part, Any]) -> Iterable[str]:
     if "projector" not in parts:
         yield "No projector: train LoRA on the language model."
+    if record["data"] is False:
+        yield "Give the trainer batches of your own: mmpeft cannot write its pictures and answers into one row."
+    elif record["data"] is None and record["modalities"]:
+        yield "Whether mmpeft reads data for it depends on the processor that its checkpoint brings."
     if "exclude_modules" in record:
         yield f"Give language.exclude_modules: [{', '.join(record['exclude_modules'])}]: peft does not load them again."
     if "note" in record:

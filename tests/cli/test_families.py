@@ -27,6 +27,7 @@ def test_every_type_is_there_with_its_status(run):
         "family": "llava",
         "tested": "picture step",
         "modalities": ["image"],
+        "data": True,
         "parts": {
             "vision": {"modules": ["model.vision_tower"], "found": "stated"},
             "projector": {"modules": ["model.multi_modal_projector"], "found": "stated"},

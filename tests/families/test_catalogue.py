@@ -31,8 +31,19 @@ def test_every_other_type_was_tested_or_has_its_reason():
 
 def test_a_missing_projector_and_modules_to_leave_out_are_said():
     assert entries()["mllama"].note == ""
-    assert entries()["idefics"].note == "No projector: train LoRA on the language model."
+    assert entries()["chameleon"].note == "No projector: train LoRA on the language model."
+    assert entries()["mistral4"].note == "No projector: train LoRA on the language model. It takes no pictures."
     assert entries()["inkling2"].note.startswith("Give language.exclude_modules: [weight_proj]")
+
+
+def test_types_whose_batches_mmpeft_cannot_make_say_so():
+    generic = [entry for entry in catalogue() if entry.status == "generic"]
+    without = {entry.model_type for entry in generic if entry.data is False}
+    # Encoder and decoder; a processor that does not say what it writes.
+    assert {"florence2", "idefics2"} <= without
+    assert {entry.model_type for entry in generic if "batches of your own" in entry.note} == without
+    assert all(entries()[name].data for name in ("mistral3", "glm4v", "aya_vision", "vipllava", "qwen3_vl_moe"))
+    assert "depends on the processor" in entries()["cosmos3_omni"].note
 
 
 def test_it_costs_neither_peft_nor_a_model_of_transformers():

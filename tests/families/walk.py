@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from mmpeft.core.errors import MMPeftError
 from mmpeft.families import catalogue
@@ -80,12 +81,22 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None, *, 
 
 def found(model_type: str) -> dict[str, Any]:
     """The parts of a type without a file of facts, as the catalogue holds them."""
-    inspection = inspect_parts(tiny_model(model_type))
+    model = tiny_model(model_type)
+    inspection = inspect_parts(model)
     return {
         "parts": {part: list(paths) for part, paths in inspection.spec.parts.items()},
         "found": dict(inspection.found),
         "modalities": list(inspection.spec.modalities),
+        "data": False if model.config.is_encoder_decoder else says_what_it_writes(model_type),
     }
+
+
+def says_what_it_writes(model_type: str) -> bool | None:
+    """Whether the type's processor tells `encode_sample` what it puts in the place of a picture; None: no processor."""
+    name = PROCESSOR_MAPPING_NAMES.get(model_type) or PROCESSOR_MAPPING_NAMES.get(model_type.removesuffix("_thinker"))
+    if name is None:
+        return None
+    return getattr(transformers, name).replace_image_token is not ProcessorMixin.replace_image_token
 
 
 def recorded(record: dict[str, Any]) -> dict[str, Any]:
