@@ -120,13 +120,16 @@ def show(
         Path | None, typer.Option(help="Show samples varied, too: a recipe, or a YAML file of its data.augment.")
     ] = None,
     epoch: Annotated[int, typer.Option(min=0, help="The epoch, from 0, that --augment shows.")] = 0,
+    column: ColumnOption = None,
+    question: QuestionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the first samples as turns, or, with --model, as the tokens that the model sees."""
+    said: dict[str, Any] = {"columns": column_map(column), "question": question}
     if model or html or augment:
         vary = _variation(augment, epoch)
         processor = loading.load_processor(model) if model else None
-        samples = list(islice(views.view_samples(path, processor, media_root, vary=vary), count))
+        samples = list(islice(views.view_samples(path, processor, media_root, vary=vary, **said), count))
         if html:
             showing.write_page(html, str(path), samples, epoch=epoch if augment else None)
         if as_json:
@@ -134,7 +137,7 @@ def show(
         else:
             _show_pieces(human(as_json), samples, epoch)
         return
-    samples = list(islice(showing.describe_samples(path, media_root), count))
+    samples = list(islice(showing.describe_samples(path, media_root, **said), count))
     if as_json:
         print_json({"file": str(path), "samples": samples})
         return

@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner
 
 from mmpeft.cli.data import app
-from tests.data.files import colour_set, gpt, human, row, write_lines
+from tests.data.files import colour_set, gpt, human, picture, row, write_lines
 from tests.tiny import tiny_processor
 
 
@@ -171,3 +171,11 @@ def test_check_says_what_it_reads_and_takes_a_column_map(tmp_path):
     assert result.stdout.splitlines()[0] == first
     value = json.loads(invoke("check", tmp_path / "a.csv", *columns, "--json").stdout)
     assert (value["source"]["container"], value["source"]["layout"]) == ("CSV", "question and answer columns")
+
+
+def test_show_takes_a_question_for_captions(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red")
+    result = invoke("show", tmp_path, "--question", "Colour?")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[2:] == ["  user       <image>", "             Colour?", "  assistant  red"]
