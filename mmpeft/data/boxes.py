@@ -18,12 +18,15 @@ BRACKETS = re.compile(rf"[\[(]{NUMBER},{NUMBER}(?:,{NUMBER},{NUMBER})?[\])]")
 LOCATIONS = re.compile(r"<loc(\d{4})><loc(\d{4})>(?:<loc(\d{4})><loc(\d{4})>)?")
 """The same as PaliGemma's location tokens."""
 
+_OTHERS = re.compile(r"""<loc_\d+>|<patch_index_\d+>|\bx1?=["']?\d|\bx1?["']?:\s*["']?\d""")
+"""How other models write places: Florence-2, Kosmos-2, Molmo's `<point x="61.5" y="40.4">`, JSON of x and y."""
+
 _TOLERANCE = 1e-6
 
 
 def holds_places(text: str) -> bool:
     """Whether a text holds what looks like a box or a point written as numbers, which no crop or flip could move."""
-    return bool(BRACKETS.search(text) or LOCATIONS.search(text))
+    return any(pattern.search(text) for pattern in (BRACKETS, LOCATIONS, _OTHERS))
 
 
 def boxes_said(sample: Sample, role: Role) -> str:
