@@ -81,6 +81,12 @@ class TestTables:
         with pytest.raises(DataError, match="not UTF-8"):
             list(read_rows(tmp_path / "a.csv"))
 
+    def test_a_line_without_end_is_not_read_whole(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("mmpeft.data.sources.tables.MAX_LINE", 30)
+        (tmp_path / "a.csv").write_text("question,answer\nq,a\nq," + "a" * 40 + "\n")
+        with pytest.raises(DataError, match=r"a\.csv:3: a line of more than 30 characters; is it a table"):
+            list(read_rows(tmp_path / "a.csv"))
+
     def test_a_record_of_another_length_is_a_problem_of_its_own(self, tmp_path):
         (tmp_path / "a.csv").write_text('question,answer,images\nq,a,\nq,a,b,c\nq,a,"[1"\n')
         rows = list(read_rows(tmp_path / "a.csv"))
@@ -156,6 +162,12 @@ class TestParquet:
         for _ in read_rows(tmp_path / "a.parquet"):
             most = max(most, pa.total_allocated_bytes() - before)
         assert most < 8_000_000 < (tmp_path / "a.parquet").stat().st_size / 4
+
+    def test_a_row_group_that_is_too_large_is_refused(self, path, tmp_path, monkeypatch):
+        monkeypatch.setattr("mmpeft.data.embedded.MAX_ROW_GROUP", 100)
+        for read in (lambda: list(read_rows(path)), lambda: load_image("a.parquet::image[0]", root=tmp_path)):
+            with pytest.raises(DataError, match=r"row group 0 has \d+ bytes; at most 100 are read"):
+                read()
 
     def test_damage_is_named(self, path, tmp_path):
         (tmp_path / "b.parquet").write_bytes(path.read_bytes()[:-20])
