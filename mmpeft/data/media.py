@@ -157,8 +157,10 @@ def _load(
                     f"picture {shown(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel"
                 )
             return result(image, stored, to_rgb(ImageOps.exif_transpose(image)))
-    except (DataError, MemoryError):
+    except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(f"picture {shown(name)!r} needs more memory than there is; scale it down") from error
     # A corrupt file makes PIL's plugins raise anything from OSError to zlib.error; each means the same here.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
