@@ -20,6 +20,7 @@ from mmpeft.data.stream import StreamingDataset
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
+from mmpeft.training.reach import reach_what_trains
 from mmpeft.training.skips import SkipWatch
 
 
@@ -47,6 +48,10 @@ class MultimodalTrainer(Trainer):
                 f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
                 "data_collator=MultimodalCollator(processor, supervised_only=False)"
             )
+        if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
+            # A batch without a picture leaves the vision tower and the projector out. The Trainer of transformers
+            # 5.24 expects that of adapters, but not of models that train in place with activation checkpointing.
+            self.accelerator.ddp_handler.find_unused_parameters = True
         self._tokens: torch.Tensor | int = 0
         self._samples = 0
         self._window_start = time.perf_counter()
@@ -127,7 +132,7 @@ class MultimodalTrainer(Trainer):
         """`transformers.Trainer.train`; speed is counted from here."""
         self._window_start = time.perf_counter()
         model: Any = self.model
-        hook = model.register_forward_hook(_reach_what_trains)
+        hook = model.register_forward_hook(reach_what_trains)
         try:
             result = super().train(*args, **kwargs)
         finally:
@@ -194,21 +199,6 @@ class MultimodalTrainer(Trainer):
         """
         own: Any = self.model
         own.load_state_dict(type(own).from_pretrained(checkpoint).state_dict())
-
-
-def _reach_what_trains(model: torch.nn.Module, inputs: Any, output: Any) -> None:
-    """Join a forward that uses nothing that trains to all that does, with gradients of exactly zero.
-
-    So it is where text alone meets a projector that trains by itself: backward would find no graph, and the
-    other processes would wait for gradients. It has to happen inside the forward, where DDP looks for them.
-    """
-    if not torch.is_grad_enabled():
-        return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for name in ("loss", "logits"):
-        value = output.get(name)
-        if value is not None and not value.requires_grad:
-            output[name] = value + 0 * sum(parameter.float().sum() for parameter in trained)
 
 
 class _EpochOfData(TrainerCallback):
