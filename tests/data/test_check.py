@@ -169,3 +169,26 @@ def test_sources_of_every_kind_are_checked_under_their_own_root(tmp_path):
     report = check_data(tmp_path / "in/b.csv", eval_path=tmp_path / "in/b.csv", columns=columns, question="Farbe?")
     assert [error.partition(": ")[2][:8] for error in report.errors] == ["sample 0"]
     assert check_data(tmp_path / "in/b.csv").source is None
+
+
+def test_what_was_left_out_of_pictures_is_a_warning_of_the_line_that_names_them_first(tmp_path):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    rows = [row(id="0"), row(human("q"), gpt("b"), id="1", image="a.gif"), row(image="b.png", id="2")]
+    rows += [row(human("r"), gpt("a"), id="3", image="a.gif")]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    report = check_data(path)
+    assert (report.samples, report.found) == (4, {"animation": 1, "transparency": 1})
+    assert report.warnings == [
+        f"{path}:2: sample 1 (id '1'): picture 'a.gif' has 2 frames; the first is used",
+        f"{path}:3: sample 2 (id '2'): picture 'b.png' is transparent in places; white lies behind it",
+    ]
+
+
+def test_rows_before_a_fault_of_the_file_are_checked(tmp_path):
+    path = write_json(tmp_path / "a.json", [row(id="a"), {"id": "bad"}, row(id="c"), row(id="d")])
+    path.write_text(path.read_text()[:-60])
+    report = check_data(path)
+    assert report.samples == 2
+    assert [message.split(": ")[1].split(" ")[0] for message in report.errors] == ["sample", "the"]
