@@ -1,4 +1,4 @@
-"""Two processes whose batches hold media of different kinds, or none: none waits for the other, and losses are one's."""
+"""Two processes whose batches hold media of different kinds, or none: none waits, and losses are those of one."""
 
 import json
 import subprocess
