@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft.core.types import PARTS, Part
-from mmpeft.families.registry import FAMILIES
+from mmpeft.families.registry import FAMILIES, family_of_processor
 from mmpeft.families.spec import FamilySpec
 
 WALKED = Path(__file__).with_name("walked.json")
@@ -20,6 +20,8 @@ WALKED = Path(__file__).with_name("walked.json")
     step             "picture" or "text": what it was trained on
     parts, found     what inspection finds, and how (types without a file of facts)
     modalities       the same
+    processor        the class that transformers maps to it; null: none
+    supervised       whether its forward takes `logits_to_keep` as indices, and its loss `shift_labels`
     data             whether its processor lets `encode_sample` write pictures into a row of tokens; null: it has none
     exclude_modules  modules that LoRA has to leave out
     auto_class       false where the auto class does not give back the base model that was saved
@@ -81,6 +83,16 @@ def catalogue() -> tuple[Entry, ...]:
         _first_class(name, own[name], table.get(name, {})) if name in own else _other(name, table[name])
         for name in names
     )
+
+
+def takes_supervised_logits(processor: Any) -> bool:
+    """Whether every model type of this processor was tested to train on the logits of supervised positions alone."""
+    spec = family_of_processor(processor)
+    if spec is not None:
+        return spec.supervised_logits
+    name = type(processor).__name__
+    records = [record for record in walked().values() if record.get("processor") == name]
+    return bool(records) and all(record["supervised"] for record in records)
 
 
 def _first_class(model_type: str, spec: FamilySpec, record: Mapping[str, Any]) -> Entry:
