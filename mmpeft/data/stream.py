@@ -64,7 +64,8 @@ class StreamingDataset(IterableDataset[Encoded]):
 
     `MultimodalTrainer` shares its rows out over processes and workers, each exactly once an epoch, and goes on
     from a checkpoint without opening the media of what it passes over. In a plain loader it is an
-    `IterableDataset` that shares rows out over the loader's workers.
+    `IterableDataset` that shares rows out over the loader's workers; the plain Trainer needs
+    `accelerator_config={"dispatch_batches": False}` for it.
 
     Nothing is verified but the first `HEAD` rows. Under `on_error="skip"` a sample that cannot be used leaves its
     place in the batch empty: that step has one sample less.

@@ -2,18 +2,22 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mmpeft.core.files import read_json, write_json
 from mmpeft.data.batching import StreamBatchSampler
 from mmpeft.data.problems import LISTED, Problem, problems_error
 from mmpeft.data.stream import SKIP_GRACE
 from mmpeft.data.types import SkippedSample
 
 logger = logging.getLogger(__name__)
+
+_NAME = "skipped.json"
 
 
 class SkipWatch:
@@ -28,6 +32,16 @@ class SkipWatch:
         self.stream = sampler.stream
         self.skipped: list[SkippedSample] = []
         self._new: list[SkippedSample] = []
+
+    def save(self, folder: Path) -> None:
+        """Note in a checkpoint what was left out before it, for a run that goes on from there does not see it again."""
+        if self.skipped:
+            write_json(folder / _NAME, [vars(sample) for sample in self.skipped])
+
+    def load(self, folder: Path) -> None:
+        """Take over what a checkpoint notes."""
+        path = folder / _NAME
+        self.skipped = [SkippedSample(**sample) for sample in read_json(path)] if path.exists() else []
 
     def unpack(self, batches: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches as the model takes them."""

@@ -42,6 +42,7 @@ class MultimodalTrainer(Trainer):
     def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any) -> None:
         self.learning_rates = learning_rates
         self.skips: SkipWatch | None = None
+        self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
@@ -85,6 +86,8 @@ class MultimodalTrainer(Trainer):
             return global_loader(dataset, self.args, collator)
         sampler = stream_sampler(dataset, self.args)
         self.skips = SkipWatch(sampler, self.accelerator)
+        if isinstance(self._resumed_from, str | Path):
+            self.skips.load(Path(self._resumed_from))
         return stream_loader(sampler, self.args, collator)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -132,6 +135,7 @@ class MultimodalTrainer(Trainer):
         """`transformers.Trainer.train`; speed is counted from here."""
         self._window_start = time.perf_counter()
         model: Any = self.model
+        self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
         hook = model.register_forward_hook(reach_what_trains)
         try:
             result = super().train(*args, **kwargs)
@@ -155,6 +159,9 @@ class MultimodalTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with writing(folder):
+                if self.skips is not None and self.args.should_save:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self.skips.save(folder)
                 super()._save_checkpoint(model, trial)
         except Exception:
             remove_directory(folder)

@@ -132,6 +132,21 @@ def test_what_cannot_be_used_is_left_out_up_to_the_bound(tmp_path):
         run(path)
 
 
+def test_what_was_left_out_before_a_kill_is_still_known_and_counted(tmp_path):
+    """The bad row is the first of a file that 60 steps do not come to the end of."""
+    stage = {**STAGE, "max_steps": 60, "trainer": {"save_steps": 5}}
+    options = {"stages": [stage], "change": lambda rows: [{"id": "bad"}, *rows * 30], "on_error": "skip"}
+    path = project(tmp_path, **options, shuffle_buffer=1, max_skipped=1)
+    stage = tmp_path / "run" / "stages" / "01-language"
+    process = start_and_wait_for(path, stage / "metrics.jsonl", 13)
+    process.kill()
+    process.communicate(timeout=60)
+    run(path)
+    state = read_json(stage / "stage.json")
+    assert state["resumed_from"] >= 10
+    assert [row["line"] for row in state["figures"]["skipped"]] == [1]
+
+
 def test_two_processes_agree_on_what_is_left_out(tmp_path):
     one = project(tmp_path / "one", change=spoilt, on_error="skip", max_skipped=2)
     two = project(tmp_path / "two", change=spoilt, on_error="skip", max_skipped=2)
@@ -165,3 +180,9 @@ def test_a_stage_without_steps_and_several_sources_are_errors():
     base["data"]["train"] = ["a.jsonl", "b.jsonl"]
     with pytest.raises(RecipeError, match=r"data.train: found 2 source\(s\) with weights; data.streaming takes one"):
         Recipe.from_dict({**base, "stages": stages})
+
+
+def test_another_order_than_the_buffers_is_an_error(tmp_path):
+    path = project(tmp_path, stages=[{**STAGE, "trainer": {"train_sampling_strategy": "sequential"}}])
+    with pytest.raises(RecipeError, match=r"train_sampling_strategy='sequential': a stream has no other order"):
+        run(path)
