@@ -228,7 +228,7 @@ def _open(file: BinaryIO, name: str, max_image_pixels: int) -> tuple[ImageFile, 
     """The picture with its header read and its size within the limits, and its size as stored; nothing is decoded."""
     prefix = file.read(HEAD_BYTES)
     if not prefix:
-        raise DataError(f"picture {name!r} is an empty file (0 bytes)")
+        raise DataError(f"picture {name!r} is an empty file (0 bytes); replace it, or remove its sample")
     for identifier in FORMATS:
         factory, accept = Image.OPEN[identifier]
         if accept is None or accept(prefix) is not True:
