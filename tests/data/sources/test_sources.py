@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -397,3 +398,17 @@ class TestTraining:
         pixels = [sample["pixel_values"].mean(dim=(-2, -1)).flatten() for sample in loader]
         assert len(pixels) == 3
         assert not torch.allclose(pixels[0], pixels[1])
+
+    @pytest.mark.parametrize("as_path", [str, Path])
+    def test_saved_and_hub_data_sets_are_encoded(self, tmp_path, monkeypatch, as_path):
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        columns = {"image": [{"bytes": png(colour), "path": None} for colour in COLOURS], "text": list(COLOURS)}
+        made = datasets.Dataset.from_dict(columns, features=features)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "me/set").mkdir(parents=True)
+        made.to_parquet(tmp_path / "me/set/train.parquet")
+        made.save_to_disk(tmp_path / "saved")
+        for source in ("hf://me/set", "saved"):
+            dataset = load_dataset(as_path(source), processor=tiny_processor())
+            assert [dataset.sample(number).turns[1].text for number in range(3)] == list(COLOURS)
+            assert "pixel_values" in dataset[2]
