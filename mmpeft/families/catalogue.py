@@ -24,6 +24,7 @@ WALKED = Path(__file__).with_name("walked.json")
     supervised       whether its forward takes `logits_to_keep` as indices, and its loss `shift_labels`
     data             whether its processor lets `encode_sample` write pictures into a row of tokens; null: it has none
     exclude_modules  modules that LoRA has to leave out
+    needs            a library that the type needs, which mmpeft does not install
     auto_class       false where the auto class does not give back the base model that was saved
     note             what else a user should know
     reason           why it is not supported; then there is no step
@@ -129,6 +130,8 @@ def _other(model_type: str, record: Mapping[str, Any]) -> Entry:
 def _notes(record: Mapping[str, Any], parts: Mapping[Part, Any]) -> Iterable[str]:
     if "projector" not in parts:
         yield "No projector: train LoRA on the language model."
+    if "needs" in record:
+        yield f"Needs {record['needs']}: pip install {record['needs']}."
     if record["data"] is False:
         yield "Give the trainer batches of your own: mmpeft cannot write its pictures and answers into one row."
     elif record["data"] is None and record["modalities"]:

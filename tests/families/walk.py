@@ -6,6 +6,7 @@ written by hand and kept.
 """
 
 import copy
+import importlib.util
 import json
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from tests.families.shrink import MODEL_TYPES, tiny_model
 
 FIRST_CLASS = {model_type for spec in FAMILIES for model_type in spec.model_types}
 
-HAND = ("note", "exclude_modules", "auto_class", "reason")
+HAND = ("note", "exclude_modules", "auto_class", "needs", "reason")
 """Fields of a record that are written by hand."""
 
 TOLERANCE = 1e-5
@@ -147,6 +148,8 @@ def main() -> None:
     table = catalogue.walked()
     for model_type in MODEL_TYPES:
         record = table.get(model_type, {})
+        if "needs" in record and importlib.util.find_spec(record["needs"]) is None:
+            continue
         kept = {key: value for key, value in record.items() if key in HAND}
         try:
             with tempfile.TemporaryDirectory() as folder:
