@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.reading import Located
+from mmpeft.data.reading import Located, encoding_error
 from mmpeft.data.sources.base import Container, content_digest
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -60,7 +60,7 @@ def _rows(path: Path, delimiter: str) -> Iterator[Located]:
         with _open(path) as file:
             yield from _records(path, csv.reader(_lines(file, path), delimiter=delimiter, strict=True))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+        raise encoding_error(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
