@@ -124,12 +124,25 @@ def test_what_cannot_be_used_is_left_out_up_to_the_bound(tmp_path):
     assert [(sample["index"], sample["line"]) for sample in skipped] == [(20, 21), (23, 24)]
     assert "2 samples were skipped as they came" in result.report.read_text(encoding="utf-8")
     path = project(tmp_path, change=spoilt, on_error="skip", max_skipped=1)
-    with pytest.raises(DataError, match=r"2 samples of .*train\.jsonl cannot be used[^$]*max_skipped allows 1 of"):
+    with pytest.raises(
+        DataError, match=r"2 samples cannot be used:\n  /.*train\.jsonl:21: sample 20: [^$]*max_skipped allows 1 of"
+    ):
         run(path)
     # A share is one of the whole file as soon as its end has been seen.
     path = project(tmp_path, change=spoilt, on_error="skip", max_skipped=0.05)
     with pytest.raises(DataError, match=r"max_skipped allows 1 of 24"):
         run(path)
+    # Also where what is left out has been seen long before.
+    early = project(
+        tmp_path,
+        change=lambda rows: [{"id": "bad"}, {"id": "worse"}, *rows],
+        on_error="skip",
+        max_skipped=0.05,
+        shuffle_buffer=1,
+        stages=[{**STAGE, "max_steps": 3}],
+    )
+    with pytest.raises(DataError, match=r"max_skipped allows 1 of 24"):
+        run(early)
 
 
 def test_what_was_left_out_before_a_kill_is_still_known_and_counted(tmp_path):
