@@ -16,13 +16,11 @@ QUICK = ("aria", "blip-2", "fuyu", "glm4v", "idefics2", "kosmos-2", "lfm2_vl", "
 """A spread of shapes that every run of the tests walks; the others are slow in sum, not one by one."""
 
 REFUSALS = {
-    "deepseek_ocr2": (RecipeError, r"peft would not find 28 of the 28 LoRA matrices"),
     "diffusion_gemma": (ValueError, "gives no loss"),
     "evolla": (ValueError, "Unrecognized configuration class"),
     "llama4": (AttributeError, "has no attribute 'image_outputs'"),
     "pi0": (ModelError, r"PI0ForConditionalGeneration \(model type 'pi0'\) cannot be told"),
     "pp_formulanet": (RecipeError, "`get_input_embeddings` not auto"),
-    "unlimited_ocr": (RecipeError, r"peft would not find 28 of the 28 LoRA matrices"),
 }
 """How the types fail that the table calls not supported; one that starts to work fails its test, and gets a step."""
 
@@ -50,12 +48,6 @@ def test_a_type_that_is_not_supported_fails_as_the_table_says(model_type, tmp_pa
     error, message = REFUSALS[model_type]
     with pytest.raises(error, match=message):
         walk(model_type, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["deepseek_ocr2", "unlimited_ocr"])
-def test_where_lora_would_be_lost_the_projector_alone_trains(model_type, tmp_path):
-    assert walk(model_type, tmp_path, {"projector": "full"})["step"] == "picture"
 
 
 @pytest.mark.slow
