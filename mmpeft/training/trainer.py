@@ -16,7 +16,7 @@ from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
-from mmpeft.data.stream import StreamingDataset
+from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
@@ -78,7 +78,7 @@ class MultimodalTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own on one process; on several, and of a stream, one whose global batches are those of one."""
         dataset: Any = self.train_dataset
-        streamed = isinstance(dataset, StreamingDataset)
+        streamed = isinstance(dataset, Stream)
         if not streamed and (self.args.world_size == 1 or not hasattr(dataset, "__len__")):
             return super().get_train_dataloader()
         collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
