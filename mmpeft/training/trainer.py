@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
-from mmpeft.core.types import Part
+from mmpeft.core.types import IGNORE_INDEX, Part
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
@@ -54,7 +54,7 @@ class MultimodalTrainer(Trainer):
             # 5.24 expects that of adapters, but not of models that train in place with activation checkpointing.
             self.accelerator.ddp_handler.find_unused_parameters = True
         self._tokens: torch.Tensor | int = 0
-        self._samples = 0
+        self._samples: torch.Tensor | int = 0
         self._window_start = time.perf_counter()
         self._window_tokens = self._window_samples = 0
         self.tokens_trained = self.samples_trained = 0
@@ -112,7 +112,10 @@ class MultimodalTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
-        self._samples += len(inputs["input_ids"])
+        labels = inputs.get("labels")
+        # A blank, which stands where a process has no sample, has no label.
+        count = len(inputs["input_ids"]) if labels is None else (labels != IGNORE_INDEX).any(dim=1).sum()
+        self._samples = self._samples + count
         self._tokens = self._tokens + inputs["attention_mask"].sum()
         return super().training_step(model, inputs, *args, **kwargs)
 
