@@ -191,7 +191,7 @@ def load_dataset(
         max_skipped: with `skip`, the most samples that may be left out of each file: a share below 1, else a count.
         verify: how far pictures are read up front: `header` (the default under `error`; a picture that is broken
             further on raises when it is taken) or `decode` (the default under `skip`, so that every process
-            leaves out the same samples).
+            leaves out the same samples). Of a stream the first rows' headers are read, whatever it says.
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
         columns: the source's own names of columns, by ours: `{"question": "frage", "answer": "antwort"}`.
         question: the question of samples that have none, such as pictures with captions.

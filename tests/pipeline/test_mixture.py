@@ -109,6 +109,7 @@ def test_a_run_that_was_killed_goes_on_with_the_samples_that_are_left(tmp_path):
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path):
     one, two = project(tmp_path / "one", WEIGHTED), project(tmp_path / "two", WEIGHTED)
     run(one)

@@ -147,6 +147,7 @@ def test_what_cannot_be_used_is_left_out_up_to_the_bound(tmp_path):
         run(early)
 
 
+@pytest.mark.slow
 def test_what_was_left_out_before_a_kill_is_still_known_and_counted(tmp_path):
     """The bad row is the first of a file that 60 steps do not come to the end of."""
     stage = {**STAGE, "max_steps": 60, "trainer": {"save_steps": 5}}
@@ -162,6 +163,7 @@ def test_what_was_left_out_before_a_kill_is_still_known_and_counted(tmp_path):
     assert [row["line"] for row in state["figures"]["skipped"]] == [1]
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_what_is_left_out(tmp_path):
     one = project(tmp_path / "one", change=spoilt, on_error="skip", max_skipped=2)
     two = project(tmp_path / "two", change=spoilt, on_error="skip", max_skipped=2)
@@ -198,6 +200,7 @@ def test_a_stage_of_one_source_without_steps_is_an_error():
     assert Recipe.from_dict({**base, "stages": stages}).data.streaming
 
 
+@pytest.mark.slow
 def test_several_sources_stream_with_their_weights(tmp_path):
     """Epochs of 8 and 12 samples in steps of 8; what two processes see, and a killed run sees after it goes on."""
 
