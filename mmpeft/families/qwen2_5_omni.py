@@ -59,6 +59,7 @@ SPEC = FamilySpec(
         "projector": ("model.visual.merger", "model.audio_tower.proj"),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video", "audio"),
     trained_submodule={"qwen2_5_omni": "thinker"},
     loaders={"qwen2_5_omni": WholeOmni},

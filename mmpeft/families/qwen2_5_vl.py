@@ -16,6 +16,7 @@ SPEC = FamilySpec(
         "projector": ("model.visual.merger",),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="resized_pixels",
     note="`mm_token_type_ids` have to reach the model, or pictures get the positions of plain text.",

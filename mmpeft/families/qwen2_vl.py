@@ -17,6 +17,7 @@ SPEC = FamilySpec(
         "projector": ("model.visual.merger",),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
     note="A picture thinner than a token is widened to one, and may then take more tokens than `max_pixels` allows.",

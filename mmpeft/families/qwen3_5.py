@@ -15,6 +15,9 @@ SPEC = FamilySpec(
         "projector": ("model.visual.merger",),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
+    # Its linear layers carry a state from token to token, through a whole row.
+    packable=False,
     modalities=("image", "video"),
     boxes="thousandths",
     note=(

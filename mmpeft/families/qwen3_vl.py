@@ -17,6 +17,7 @@ SPEC = FamilySpec(
         "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
     # What the language model takes is not the tower's last output alone.
