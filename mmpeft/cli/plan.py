@@ -32,6 +32,13 @@ def plan(
             f"({batch['micro']} at once, {batch['accumulation']} accumulated, {batch['processes']} process(es))",
             soft_wrap=True,
         )
+        for source in stage.get("sources", ()):
+            console.print(
+                f"  {source['name']}: {source['shown']} of {source['samples']} samples an epoch, "
+                f"weight {source['weight']:g}",
+                soft_wrap=True,
+                markup=False,
+            )
         console.print(_table(stage))
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -20,6 +18,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
 
+from mmpeft.config.block import Block, no_bool, raise_all
+from mmpeft.config.data import DataConfig
 from mmpeft.config.load import Document, describe, load_yaml
 from mmpeft.config.names import did_you_mean
 from mmpeft.config.train import PartTraining, train_problems
@@ -45,11 +45,7 @@ _OWNED_BY_RECIPE = {
 }
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class ComposeConfig(_Block):
+class ComposeConfig(Block):
     """A model made from a vision encoder (or two), a language model and a new projector."""
 
     vision: str | tuple[str, ...]
@@ -60,42 +56,7 @@ class ComposeConfig(_Block):
     vision_feature_layer: int = -2
 
 
-class MediaConfig(_Block):
-    """How much of films and recordings is decoded; kept with the adapter, for another rate is another model input."""
-
-    fps: float | None = Field(default=2.0, gt=0)
-    """Frames a second of a film that are used at most; null for no such limit."""
-    max_frames: int = Field(default=64, ge=1)
-    frame_pixels: int | None = Field(default=None, ge=1)
-    """Width x height to which frames are scaled down; null leaves that to the processor."""
-    sampling_rate: int = Field(default=16_000, ge=1_000)
-    max_seconds: float = Field(default=600.0, gt=0)
-    """Seconds of the longest recording."""
-    too_long: Literal["error", "cut"] = "error"
-    use_audio_in_video: bool = False
-    """Decode the audio tracks of films too, for models that hear."""
-
-
-class DataConfig(_Block):
-    """Where the samples are, and what is done with one that cannot be used."""
-
-    train: Path
-    eval: Path | None = None
-    media_root: Path | None = None
-    """Folder that the picture paths of both files are relative to; default: each file's own folder."""
-    max_length: int | None = Field(default=None, ge=8)
-    """Longest row in tokens, pictures included; a longer one is cut at its end, never inside a picture."""
-    max_pixels: int | None = Field(default=None, ge=1)
-    """Most pixels of a picture that the processor keeps; saved with the adapter's processor. Default: the model's."""
-    media: MediaConfig = MediaConfig()
-    on_error: Literal["error", "skip"] = "error"
-    max_skipped: float = Field(default=0.01, ge=0)
-    """With `on_error: skip`, the most samples that may be skipped: a share of the file below 1, else a count."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that open pictures ahead of training; 0 opens them in the training process."""
-
-
-class BatchConfig(_Block):
+class BatchConfig(Block):
     """The batch, in samples. `size` is global: the same on one process and on eight."""
 
     size: int = Field(default=16, ge=1)
@@ -103,7 +64,7 @@ class BatchConfig(_Block):
     """Samples of one process that go through the model at once; default: as many as `size` allows, up to 16."""
 
 
-class EvaluateConfig(_Block):
+class EvaluateConfig(Block):
     """How the held-out questions are answered and scored."""
 
     metrics: tuple[Literal["exact_match", "token_f1", "anls"], ...] = ("exact_match", "token_f1", "anls")
@@ -124,22 +85,16 @@ LearningRate = Annotated[
 ]
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticCustomError("mmpeft", "expected a number, found {value}", {"value": value})
-    return value
-
-
-class StageConfig(_Block):
+class StageConfig(Block):
     """One stage: which parts train, how fast, how long."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     train: dict[Part, PartTraining]
     learning_rate: LearningRate = 2.0e-4
-    epochs: Annotated[float, BeforeValidator(_no_bool)] = Field(default=1.0, gt=0)
+    epochs: Annotated[float, BeforeValidator(no_bool)] = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; when given, it takes the place of `epochs`."""
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default_factory=dict)
     """Anything else that `transformers.TrainingArguments` takes."""
 
     @field_validator("train", mode="before")
@@ -149,7 +104,7 @@ class StageConfig(_Block):
             raise PydanticCustomError(
                 "mmpeft", "found {value}; expected parts such as {{projector: full}}", {"value": repr(value)}
             )
-        _raise_all(train_problems(value))
+        raise_all(train_problems(value))
         return value
 
     @field_validator("trainer", mode="before")
@@ -165,7 +120,7 @@ class StageConfig(_Block):
                 problems.append((key, "is gone from transformers 5; `warmup_steps` below 1 is the same ratio"))
             elif key not in TRAINER_FIELDS:
                 problems.append((key, f"unknown training argument{did_you_mean(key, TRAINER_FIELDS)}"))
-        _raise_all(problems)
+        raise_all(problems)
         return value
 
     @model_validator(mode="after")
@@ -185,15 +140,8 @@ class StageConfig(_Block):
                 for part in trained
                 if part not in self.learning_rate
             ]
-            _raise_all(problems)
+            raise_all(problems)
         return self
-
-
-def _raise_all(problems: list[tuple[str, str]]) -> None:
-    if problems:
-        raise PydanticCustomError(
-            "mmpeft_problems", "{count} problem(s)", {"problems": problems, "count": len(problems)}
-        )
 
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -227,7 +175,7 @@ def _model_kind(value: Any) -> str:
     return "<compose>" if isinstance(value, Mapping | ComposeConfig) else "<name>"
 
 
-class Recipe(_Block):
+class Recipe(Block):
     """A whole run. `model`, `data.train` and `stages` suffice; everything else has a default."""
 
     model: Annotated[
@@ -249,7 +197,7 @@ class Recipe(_Block):
     def _stage_names_differ(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
         repeated = {name for name in names if names.count(name) > 1} | {"before", "after"}.intersection(names)
-        _raise_all([("stages", f"the name {name!r} is taken; give each stage its own") for name in sorted(repeated)])
+        raise_all([("stages", f"the name {name!r} is taken; give each stage its own") for name in sorted(repeated)])
         return self
 
     @classmethod

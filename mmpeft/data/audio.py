@@ -12,7 +12,7 @@ import numpy as np
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.optional import require
-from mmpeft.data.containers import check_file, opened
+from mmpeft.data.containers import check_file, check_streams, opened
 from mmpeft.data.embedded import shown
 from mmpeft.data.roots import MediaFile, resolve_inside
 from mmpeft.data.types import Audio
@@ -165,6 +165,7 @@ def _blocks(container: Any, stream: Any) -> Iterator[np.ndarray]:
 
 
 def _audio_stream(container: Any, name: str) -> Any:
+    check_streams(container, name, _KIND)
     stream = next(iter(container.streams.audio), None)
     if stream is None:
         raise DataError(f"{_KIND} {name!r} has no audio track; name another file, or leave it out of `audios`")

@@ -9,13 +9,16 @@ location_tokens    <loc0000><loc0000><loc1023><loc0512>    y before x
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.boxes import BRACKETS, LOCATIONS, relative_values
-from mmpeft.data.types import BOX_PLACEHOLDER, Box, Turn
+from mmpeft.data.load_media import MediaLimits, placed
+from mmpeft.data.media import upright_sizes
+from mmpeft.data.types import BOX_PLACEHOLDER, Box, Sample, Turn
 from mmpeft.families.registry import family_of_processor
 from mmpeft.families.spec import BoxConvention
 
@@ -69,6 +72,19 @@ def with_boxes(
     convention = box_convention(processor)
     written = iter([_written(processor, box, sizes, convention) for box in boxes])
     return tuple(replace(turn, text=_filled(turn.text, written)) for turn in turns)
+
+
+def spelt_out(processor: Any, sample: Sample, *, root: Path, limits: MediaLimits) -> Sample:
+    """The sample with its boxes written into its text, by the headers of its pictures alone.
+
+    Raises:
+        DataError: as `with_boxes`; or a picture cannot be read.
+    """
+    if not sample.boxes:
+        return sample
+    sizes = [upright_sizes(name, root=root, max_image_pixels=limits.max_image_pixels)[1] for name in sample.images]
+    sample = placed(sample, root=root, limits=limits)
+    return replace(sample, turns=with_boxes(processor, sample.turns, sample.boxes, sizes), boxes=())
 
 
 def _written(processor: Any, box: Box, sizes: Sequence[tuple[int, int]], convention: BoxConvention) -> str:

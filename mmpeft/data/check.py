@@ -3,7 +3,7 @@
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ import numpy as np
 from mmpeft.core.errors import DataError
 from mmpeft.core.lazy import LazyModule
 from mmpeft.data.checks.balance import Balance
-from mmpeft.data.checks.pictures import Pictures, Seen
+from mmpeft.data.checks.opened import Found, Opened, Seen
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, print_of
+from mmpeft.data.embedded import shown
 from mmpeft.data.formats import Row, read_rows
-from mmpeft.data.load_media import MediaLimits, check_films_and_recordings
-from mmpeft.data.types import Sample
+from mmpeft.data.load_media import MediaLimits
+from mmpeft.data.pictures import Medium, media_names
+from mmpeft.data.problems import LISTED, Problem, shorten
+from mmpeft.data.types import WORDS, Sample
 
 # Lazy, for it brings torch, which a check without a model can do without.
 lengths = LazyModule("mmpeft.data.checks.lengths")
@@ -47,7 +50,7 @@ class Report:
 
     Attributes:
         samples: usable rows; `errors` names the others.
-        pictures: distinct pictures that were decoded.
+        pictures, videos, audios: distinct media that were decoded.
         turns: human and gpt turns of the usable rows.
         kinds: usable rows by their `kind`; "" for those without.
         errors: what keeps samples, or the file, from being used, and leaks, each with file and line.
@@ -62,6 +65,8 @@ class Report:
 
     samples: int = 0
     pictures: int = 0
+    videos: int = 0
+    audios: int = 0
     turns: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -96,10 +101,11 @@ def check_data(
     processor: Any = None,
     max_length: int | None = None,
     open_media: bool = True,
+    limits: MediaLimits | None = None,
     workers: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Check every row of a data file and decode every picture; memory stays far below the file's size.
+    """Check every row of a data file and decode every medium; memory stays far below the file's size.
 
     Nothing is raised for bad data: a file that cannot be read at all is an error of the report.
 
@@ -109,65 +115,80 @@ def check_data(
         eval_path: a held-out file; what stands in both is an error, pictures that look alike are a warning.
         processor: measures lengths in tokens, and its chat template and control tokens are checked.
         max_length: longest row in tokens (characters without a processor); longer ones are counted.
-        open_media: decode pictures; without it their files are not looked for.
+        open_media: decode media; without it their files are not looked for.
+        limits: how much of each medium training decodes; default: `MediaLimits()`.
         workers: threads that decode; default: one a core, 8 at most.
-        on_progress: called with the number of rows done.
+        on_progress: called with the number of rows done and the line that the last of them begins in.
     """
     path = Path(path)
     root = Path(media_root) if media_root is not None else None
-    held_out = _HeldOut(open_media, workers) if eval_path is not None else None
+    held_out = _HeldOut(open_media, limits, workers) if eval_path is not None else None
     report = Report()
-    pictures = Pictures(root or path.parent, workers=workers)
-    check = _Check(path, report, pictures, held_out, processor, max_length, open_media)
+    media = Opened(root or path.parent, limits=limits, workers=workers)
+    check = _Check(path, report, media, held_out, processor, max_length)
     done = 0
     try:
         if held_out is not None and eval_path is not None:
             held_out.read(Path(eval_path), root)
-        for window, names in pictures.windows(read_rows(path), opened=open_media):
-            check.looks(names)
+        for window, new in media.windows(read_rows(path), opened=open_media):
+            check.looks(new)
             for row in window:
                 check.row(row)
             done += len(window)
             if on_progress:
-                on_progress(done)
+                on_progress(done, max((place.line for place in map(_place, window) if place), default=0))
     except DataError as error:
         report.error("file", str(error))
     check.finish()
     return report
 
 
+def count_lines(path: Path) -> int | None:
+    """Lines of a JSON or JSON Lines file, for a progress bar; None where lines do not tell how far one has come."""
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    except OSError:
+        return None
+    return lines or None
+
+
+def _place(row: Row) -> Sample | Problem | None:
+    return row.sample or row.problem
+
+
 class _HeldOut:
     """Prints of a held-out file's questions and pictures."""
 
-    def __init__(self, opened: bool, workers: int | None) -> None:
-        self.opened, self.workers = opened, workers
+    def __init__(self, opened: bool, limits: MediaLimits | None, workers: int | None) -> None:
+        self.opened, self.limits, self.workers = opened, limits, workers
         self.questions, self.near = PlaceTable(), NearTable()
         self.path = Path()
 
     def read(self, path: Path, root: Path | None) -> None:
         self.path = path
-        pictures = Pictures(root or path.parent, workers=self.workers)
-        for window, names in pictures.windows(read_rows(path), opened=self.opened):
-            for name in names:
-                seen = pictures.get(name)
+        media = Opened(root or path.parent, limits=self.limits, workers=self.workers)
+        for window, new in media.windows(read_rows(path), opened=self.opened):
+            for medium in new:
+                seen = media.get(medium)
                 if isinstance(seen, Seen) and seen.look is not None:
-                    self.near.add(seen.look, name)
+                    self.near.add(seen.look, shown(medium[1]))
             for sample in (row.sample for row in window if row.sample):
-                self.questions.first(_question(sample, pictures), Place(sample.index, sample.line))
+                self.questions.first(_question(sample, media), Place(sample.index, sample.line))
 
 
-def _media(sample: Sample, pictures: Pictures) -> list[str]:
-    """A print of each picture's pixels where it was opened, else its name."""
-    found = [pictures.get(name) for name in sample.images]
-    named = zip(found, sample.images, strict=True)
-    known = [str(seen.pixels) if isinstance(seen, Seen) else name for seen, name in named]
-    return [*known, *sample.videos, *sample.audios]
+def _media(sample: Sample, media: Opened) -> list[str]:
+    """A print of each picture's pixels where it was opened; of other media the name."""
+    found = zip(media.of(sample), media_names(sample), strict=True)
+    return [str(seen.pixels) if isinstance(seen, Seen) else name for seen, (_, name) in found]
 
 
-def _question(sample: Sample, pictures: Pictures) -> int:
+def _question(sample: Sample, media: Opened) -> int:
     """A print of the media and of what the user says, letters' case and white space aside."""
     asked = [" ".join(turn.text.lower().split()) for turn in sample.turns if turn.role == "user"]
-    return print_of(*asked, *_media(sample, pictures))
+    return print_of(*asked, *_media(sample, media))
 
 
 class _Check:
@@ -177,14 +198,12 @@ class _Check:
         self,
         path: Path,
         report: Report,
-        pictures: Pictures,
+        media: Opened,
         held_out: _HeldOut | None,
         processor: Any,
         max_length: int | None,
-        open_media: bool,
     ) -> None:
-        self.open_media = open_media
-        self.path, self.report, self.pictures, self.held_out = path, report, pictures, held_out
+        self.path, self.report, self.media, self.held_out = path, report, media, held_out
         self.processor, self.max_length = processor, max_length
         self.ids, self.conversations = PlaceTable(), PlaceTable()
         self.kinds: Counter[str] = Counter()
@@ -192,12 +211,13 @@ class _Check:
         self.lengths, self.balance = array("I"), Balance()
         self.extreme: list[str] = []
 
-    def looks(self, names: list[str]) -> None:
+    def looks(self, new: list[Medium]) -> None:
         """Judge pictures that were just read: their shape, and whether they look like held-out ones."""
-        for name in names:
-            seen = self.pictures.get(name)
+        for medium in new:
+            seen = self.media.get(medium)
             if not isinstance(seen, Seen):
                 continue
+            name = shown(medium[1])
             if max(seen[:2]) > EXTREME_ASPECT_RATIO * min(seen[:2]):
                 self.extreme.append(f"{self.path}: picture {name!r} is {seen.width} x {seen.height}, an extreme shape")
             near = self.held_out.near.find(seen.look) if self.held_out and seen.look is not None else None
@@ -209,7 +229,7 @@ class _Check:
                 )
 
     def row(self, row: Row) -> None:
-        place = row.sample or row.problem
+        place = _place(row)
         for key in row.ignored:
             if key in self.ignored or len(self.ignored) < MOST_KINDS:
                 self.ignored.setdefault(key, place.line if place else 0)
@@ -220,19 +240,21 @@ class _Check:
             self._sample(row.sample)
 
     def _sample(self, sample: Sample) -> None:
-        where = f"{self.path}:{sample.line}: sample {sample.index} (id {sample.id!r})"
-        unreadable = [found for name in sample.images if isinstance(found := self.pictures.get(name), str)]
-        if unreadable:
-            self.report.error("picture", f"{where}: {'; '.join(unreadable)}")
+        where = f"{self.path}:{sample.line}: sample {sample.index} (id {shorten(sample.id)!r})"
+        media = self.media.of(sample)
+        if faults := [
+            (medium[0], found)
+            for medium, found in zip(media_names(sample), media, strict=True)
+            if isinstance(found, str)
+        ]:
+            more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+            reasons = "; ".join(reason for _, reason in faults[:LISTED])
+            self.report.error(WORDS[faults[0][0]], f"{where}: {reasons}{more}")
             return
-        if self.open_media:
-            try:
-                check_films_and_recordings(sample, self.pictures.root, MediaLimits())
-            except DataError as error:
-                self.report.error("film or recording", f"{where}: {error}")
-                return
+        for note in self.media.notes(sample):
+            self.report.warn(note.kind, f"{where}: {note.text}")
         try:
-            self.lengths.append(self._length(sample))
+            self.lengths.append(self._length(sample, media))
         except DataError as error:
             self.report.error("chat template", f"{where}: {error}")
             return
@@ -255,20 +277,21 @@ class _Check:
         said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names)
         if first := self.conversations.first(said, place):
             self.report.warn("duplicate", f"{where}: the same pictures and conversation as {first}")
-        if self.held_out and (held := self.held_out.questions.get(_question(sample, self.pictures))):
+        if self.held_out and (held := self.held_out.questions.get(_question(sample, self.media))):
             self.report.error(
                 "leak", f"{where}: the same pictures and question as {held} of {self.held_out.path}; remove one of them"
             )
 
-    def _length(self, sample: Sample) -> int:
+    def _length(self, sample: Sample, media: Sequence[Found | None]) -> int:
         if self.processor is None:
             return sum(len(turn.text) for turn in sample.turns)
-        return int(lengths.token_length(self.processor, sample, self.pictures.sizes(sample.images)))
+        return int(lengths.token_length(self.processor, sample, media))
 
     def finish(self) -> None:
         report = self.report
         report.kinds = dict(sorted(self.kinds.items()))
-        report.pictures = len(self.pictures)
+        counts = self.media.counts
+        report.pictures, report.videos, report.audios = counts["image"], counts["video"], counts["audio"]
         for message in self.extreme:
             report.warn("extreme shape", message)
         for key, line in self.ignored.items():

@@ -32,6 +32,16 @@ def check_file(path: MediaFile, name: str, kind: str) -> None:
         raise DataError(f"{kind} {name!r} has {size} bytes; the limit is {MAX_MEDIA_BYTES}: cut or compress it")
 
 
+def check_streams(container: Any, name: str, kind: str) -> None:
+    """See that there is a picture or a sound in a container: one that was cut off may hold an empty track.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not container.streams.video and not container.streams.audio:
+        raise DataError(f"{kind} {name!r} holds neither pictures nor sound; it is empty or cut off: replace it")
+
+
 @contextmanager
 def opened(path: MediaFile, name: str, *, kind: str, extra: str) -> Iterator[Any]:
     """A PyAV input container over a file that Python opened; every failure of ffmpeg inside becomes a DataError.

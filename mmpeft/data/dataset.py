@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,18 @@ import torch
 from torch.utils.data import Dataset
 
 from mmpeft.core.errors import DataError
+from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
+from mmpeft.data.augment import Augmentation, AugmentSettings, augment, augmentation_of
+from mmpeft.data.box_text import spelt_out
+from mmpeft.data.chat import check_texts
 from mmpeft.data.encode import Encoded, encode_sample
-from mmpeft.data.load_media import MediaLimits, load_media
+from mmpeft.data.formats import source_root
+from mmpeft.data.load_media import MediaLimits, load_media, placed
 from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
 from mmpeft.data.problems import LISTED, Problem, problems_error
-from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
+from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample, Turn
 from mmpeft.data.verify import verify_rows
 
 logger = logging.getLogger(__name__)
@@ -33,9 +39,10 @@ class MultimodalDataset(Dataset[Encoded]):
         path: the data file.
         media_root: the folder that media paths are relative to.
         limits: how much of each medium is decoded.
-        fingerprint: SHA-256 (hex) of the data file's bytes.
+        fingerprint: SHA-256 (hex) of the data file's bytes, and of the column map and question where they were given.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
+        augmentation: how samples are varied (see `augment_with`); None if they are not.
     """
 
     def __init__(
@@ -55,6 +62,8 @@ class MultimodalDataset(Dataset[Encoded]):
         self._max_length, self.limits = max_length, limits
         self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
         self.skipped, self.truncated = list(skipped), truncated
+        self.augmentation: Augmentation | None = None
+        self._augment_seed = 0
         # Shared memory, so that a loader's workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -70,6 +79,21 @@ class MultimodalDataset(Dataset[Encoded]):
         """Take samples as epoch `epoch` (from 0) has them from now on; `MultimodalTrainer` calls it."""
         self._epoch.fill_(epoch)
 
+    def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
+        """Vary samples from epoch to epoch from now on; `sample` and `questions` stay as the file has them.
+
+        Args:
+            settings: such as `{"flip": True, "colour": {"brightness": 0.2}}` (see `AugmentConfig`); or None.
+            seed: what is drawn depends on it, the sample and the epoch.
+
+        Raises:
+            RecipeError, DataError: as `augmentation_of`; or an alternative text holds a control token of the model.
+        """
+        augmentation = augmentation_of(settings)
+        for options in augmentation.paraphrases.values() if augmentation is not None else ():
+            check_texts(self._processor, [Turn(role="user", text=option) for option in options])
+        self.augmentation, self._augment_seed = augmentation, seed
+
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.
 
@@ -79,6 +103,9 @@ class MultimodalDataset(Dataset[Encoded]):
         sample = self.sample(index)
         try:
             media = load_media(sample, root=self.media_root, limits=self.limits)
+            sample = placed(sample, root=self.media_root, limits=self.limits)
+            if self.augmentation is not None:
+                sample, media = augment(sample, media, self.augmentation, seed=self._augment_seed, epoch=self.epoch)
             return encode_sample(self._processor, sample, media, self._max_length)
         except DataError as error:
             problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
@@ -91,8 +118,15 @@ class MultimodalDataset(Dataset[Encoded]):
         return _sample_of(self._rows[index % len(self)])
 
     def questions(self) -> list[Question]:
-        """One question an assistant turn, in order; ids end in `#1`, `#2` … where a sample has several."""
-        return [question for record in self._rows for question in questions_of(_sample_of(record))]
+        """One question an assistant turn, in order; ids end in `#1`, `#2` … where a sample has several.
+
+        Boxes stand in prompts and references as the model's family writes them.
+        """
+        samples = (
+            spelt_out(self._processor, _sample_of(record), root=self.media_root, limits=self.limits)
+            for record in self._rows
+        )
+        return [question for sample in samples for question in questions_of(sample)]
 
 
 def _sample_of(record: Mapping[str, Any]) -> Sample:
@@ -135,14 +169,17 @@ def load_dataset(
     max_skipped: float = 0.01,
     verify: Verify | None = None,
     limits: MediaLimits | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
     seed: int = 0,
 ) -> MultimodalDataset | MixedDataset:
-    """A LLaVA JSON or JSONL file, or several with weights, as a data set that `transformers.Trainer` takes.
+    """Samples in any format that is known, or several sources with weights, as what `transformers.Trainer` takes.
 
     Args:
-        path: the data file; or a list of them, each a path or a mapping of `Source`'s fields
+        path: a data file, a folder, a pattern of shards or `hf://owner/name` (`mmpeft.data.formats` tells what a
+            source may be); or a list of them, each a path or a mapping of `Source`'s fields
             (`[{"path": "vqa.json", "weight": 2.0}, "captions.jsonl"]`): see `MixedDataset` for what a weight means.
-        media_root: folder that picture paths are relative to, and that none may leave; default: each file's own.
+        media_root: folder that picture paths are relative to, and that none may leave; default: each source's own.
         processor: a transformers processor with a chat template and a fast tokenizer.
         max_length: longest row in tokens, pictures included; a longer one loses its tail, never half a picture.
         on_error: `error` raises if any sample cannot be used; `skip` leaves it out, logged and listed in
@@ -152,6 +189,8 @@ def load_dataset(
             further on raises when it is taken) or `decode` (the default under `skip`, so that every process
             leaves out the same samples).
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
+        columns: the source's own names of columns, by ours: `{"question": "frage", "answer": "antwort"}`.
+        question: the question of samples that have none, such as pictures with captions.
         seed: which samples of a source with a weight come up when; of a list only.
 
     Raises:
@@ -159,41 +198,43 @@ def load_dataset(
             message begins with the source's name.
         OutputError: the datasets cache cannot be written.
     """
-
-    def load(source: Source) -> MultimodalDataset:
-        return _load_file(
-            Path(source.path),
-            media_root=media_root if source.media_root is None else source.media_root,
-            processor=processor,
-            max_length=max_length,
-            on_error=on_error,
-            max_skipped=max_skipped,
-            verify=verify,
-            limits=limits,
-        )
-
+    options: dict[str, Any] = {
+        "media_root": media_root,
+        "processor": processor,
+        "max_length": max_length,
+        "on_error": on_error,
+        "max_skipped": max_skipped,
+        "verify": verify,
+        "limits": limits,
+    }
     if isinstance(path, str | Path):
-        return load(Source(path=path))
+        return load_file(Source(path=path, columns=columns, question=question), **options)
     loaded = []
     for source in sources_of(path):
+        source = replace(source, columns=source.columns or columns, question=source.question or question)
         with naming_source(str(source.name)):
-            loaded.append((source, load(source)))
+            loaded.append((source, load_file(source, **options)))
     return MixedDataset(loaded, seed=seed)
 
 
-def _load_file(
-    path: Path,
+def load_file(
+    source: Source,
     *,
-    media_root: str | Path | None,
+    media_root: str | Path | None = None,
     processor: Any,
-    max_length: int | None,
-    on_error: Literal["error", "skip"],
-    max_skipped: float,
-    verify: Verify | None,
-    limits: MediaLimits | None,
+    max_length: int | None = None,
+    on_error: Literal["error", "skip"] = "error",
+    max_skipped: float = 0.01,
+    verify: Verify | None = None,
+    limits: MediaLimits | None = None,
 ) -> MultimodalDataset:
-    root = (Path(media_root) if media_root is not None else path.parent).resolve()
-    rows, fingerprint = cached_rows(path)
+    """All samples of one source, whatever its weight; arguments and errors as `load_dataset`."""
+    path = Path(source.path)
+    given = media_root if source.media_root is None else source.media_root
+    root = (Path(given) if given is not None else source_root(source.path)).resolve()
+    rows, fingerprint = cached_rows(source.path, columns=source.columns, question=source.question)
+    if source.columns or source.question:
+        fingerprint = hash_value([fingerprint, dict(source.columns or {}), source.question])
     limits = limits or MediaLimits()
     findings = verify_rows(
         map(row_of, rows),

@@ -13,6 +13,7 @@ import torch
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX, Modality
+from mmpeft.data.box_text import with_boxes
 from mmpeft.data.chat import control_tokens
 from mmpeft.data.expand import Encoded, Expansion, expand
 from mmpeft.data.labels import (
@@ -37,7 +38,7 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
 
     Args:
         processor: a transformers processor with a chat template and a fast tokenizer.
-        sample: the conversation.
+        sample: the conversation; its boxes are written as the processor's family writes them.
         media: what its placeholders stand for, decoded.
         max_length: longest row in tokens, media included; the tail is cut, never inside a picture, video or
             recording, and one behind the cut goes with its tensors.
@@ -48,13 +49,15 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
         in the first dimension.
 
     Raises:
-        DataError: a control token in a text, a template that does not fit, or no label left after the cut.
+        DataError: a control token in a text, a template that does not fit, no label left after the cut, or a box
+            that lies outside its picture.
         ModelError: the processor does not say what takes a medium's place.
     """
-    conversation = conversation_of(processor, sample.turns)
+    turns = with_boxes(processor, sample.turns, sample.boxes, [image.size for image in media.images])
+    conversation = conversation_of(processor, turns)
     count_media(processor, conversation, _counts(media))
     expansion = expand(processor, conversation.text, media)
-    tokens = label_conversation(processor, expanded(conversation, expansion.replacements), answers_of(sample.turns))
+    tokens = label_conversation(processor, expanded(conversation, expansion.replacements), answers_of(turns))
     cut = cut_before_media(tokens, max_length, control_tokens(processor).ids)
     kept = sum(end <= cut for _, end in tokens.media)
     if kept < len(tokens.media):

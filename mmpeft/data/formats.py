@@ -25,6 +25,7 @@ from mmpeft.data.reading import Located
 from mmpeft.data.rows import Row as Row
 from mmpeft.data.rows import UnusableError, kind_of, sample_of
 from mmpeft.data.sources.base import Container
+from mmpeft.data.sources.opening import is_source as is_source
 from mmpeft.data.sources.opening import open_container
 from mmpeft.data.types import Sample
 
@@ -75,6 +76,15 @@ def describe(path: Path | str, *, columns: Mapping[str, str] | None = None, ques
     why = "; ".join(filter(None, (plan.why, plan.container.note)))
     root = str(plan.container.root)
     return Description(path=str(path), container=plan.container.name, layout=plan.layout.name, why=why, root=root)
+
+
+def source_root(path: Path | str) -> Path:
+    """The folder that the names of a source's media are relative to, unless the user gives another.
+
+    Raises:
+        DataError: there is no source at `path`.
+    """
+    return open_container(path).root
 
 
 def fingerprint(
@@ -161,8 +171,8 @@ def parse_row(
 
 
 def _plan(path: Path | str, columns: Mapping[str, str] | None, question: str | None) -> _Plan:
-    container = open_container(Path(path))
-    described = None if columns else described_by_info(Path(path))
+    container = open_container(path)
+    described = None if columns or not Path(path).is_file() else described_by_info(Path(path))
     if described is not None:
         return _Plan(
             container=container,

@@ -8,7 +8,8 @@ import numpy as np
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.audio import MAX_SECONDS, AudioFacts, TooLong, check_audio, load_audio
-from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image
+from mmpeft.data.boxes import relative_values
+from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image, upright_sizes
 from mmpeft.data.types import Audio, Media, Question, Sample, Video
 from mmpeft.data.video import VideoFacts, check_video, load_video
 
@@ -71,6 +72,23 @@ def load_media(sample: Sample | Question, *, root: Path, limits: MediaLimits) ->
             for name in sample.audios
         ),
     )
+
+
+def placed(sample: Sample, *, root: Path, limits: MediaLimits) -> Sample:
+    """The sample with its boxes as shares of their pictures, which hold whatever size a picture is decoded at.
+
+    Raises:
+        DataError: a box that is none, or lies outside its picture; names the box.
+    """
+    used = {box.picture for box in sample.boxes}
+    sizes = {
+        number: upright_sizes(sample.images[number], root=root, max_image_pixels=limits.max_image_pixels)[0]
+        for number in used
+    }
+    boxes = tuple(
+        replace(box, values=relative_values(box, size=sizes[box.picture]), unit="fraction") for box in sample.boxes
+    )
+    return replace(sample, boxes=boxes)
 
 
 def _film(name: str, root: Path, limits: MediaLimits) -> Video:

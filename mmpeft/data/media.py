@@ -4,12 +4,14 @@ A picture is opened by the plugins of `FORMATS`, never by one that starts anothe
 the plugin itself, not `PIL.Image.open`, whose own size check warns through the process-wide warning filters.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
     ImageOps,
@@ -25,6 +27,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.data.embedded import shown
 from mmpeft.data.roots import MediaFile, resolve_inside
 from mmpeft.data.roots import is_url as is_url
+from mmpeft.data.sniff import HEAD_BYTES, hint
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Pixels (width x height) of the largest picture that is decoded: 192 MB of RGB."""
@@ -34,6 +37,16 @@ MAX_IMAGE_SIDE = 20_000
 
 MAX_ASPECT = 200
 """Longest side over shortest of a picture that is decoded: the most that Qwen2-VL's `smart_resize` takes."""
+
+LEAST_HALF_PIXELS, MOST_HALVED_PIXELS = 16_000_000, 256_000_000
+"""A JPEG beyond the limit is read at half its size if it has so many pixels then, and at most so many before: a
+progressive one takes 3 to 6 bytes a pixel before it can be halved."""
+
+OPAQUE = 255
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""EXIF orientations by which width and height change places."""
+
+T = TypeVar("T")
 
 FORMATS = tuple(
     plugin.format
@@ -47,7 +60,6 @@ FORMATS = tuple(
         PpmImagePlugin.PpmImageFile,
     )
 )
-_PREFIX_BYTES = 16
 
 
 def resolve_picture(name: str | Path, *, root: Path) -> MediaFile:
@@ -56,7 +68,7 @@ def resolve_picture(name: str | Path, *, root: Path) -> MediaFile:
 
 
 def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels of a picture, from its header alone; as stored, before EXIF orientation.
+    """(width, height) in pixels of a picture, from its header alone, before EXIF orientation.
 
     Raises:
         DataError: as `resolve_picture`; or the file is empty, no picture, or larger than the limits.
@@ -64,13 +76,17 @@ def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMA
     path = resolve_picture(name, root=root)
     try:
         with path.open("rb") as file:
-            return _open(file, shown(name), max_image_pixels).size
+            return _open(file, shown(name), max_image_pixels)[0].size
     except OSError as error:
         raise DataError(f"picture {shown(name)!r} cannot be read: {error}") from error
 
 
-def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, ...]:
-    """What loading a picture leaves out, in a sentence each: the later frames of an animation.
+def upright_sizes(
+    name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of a picture as its file has it, in which boxes are measured, and as `load_image` gives it.
+
+    Both from the header alone, turned upright by EXIF.
 
     Raises:
         DataError: as `check_image`.
@@ -78,37 +94,94 @@ def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_I
     path = resolve_picture(name, root=root)
     try:
         with path.open("rb") as file:
-            frames = getattr(_open(file, shown(name), max_image_pixels), "n_frames", 1)
-    except DataError:
-        raise
-    # Counting walks through the file: a corrupt one makes a plugin raise anything.
-    except Exception as error:
-        raise DataError(f"picture {shown(name)!r} is corrupt or truncated: {_said(error)}") from error
-    return (f"picture {shown(name)!r} has {frames} frames; the first is used",) if frames > 1 else ()
+            image, stored = _open(file, shown(name), max_image_pixels)
+            # A PNG that does not say it before its pixels would be decoded for it.
+            told = image.format != "PNG" or "exif" in image.info
+            turned = told and image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+    except OSError as error:
+        raise DataError(f"picture {shown(name)!r} cannot be read: {error}") from error
+    return (stored[::-1], image.size[::-1]) if turned else (stored, image.size)
+
+
+class Note(NamedTuple):
+    """What loading a picture leaves out: a word or two by which notes are counted, and a sentence."""
+
+    kind: str
+    text: str
+
+
+def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, ...]:
+    """What loading a picture leaves out, in a sentence each; as `load_with_notes`.
+
+    Raises:
+        DataError: as `load_image`.
+    """
+    return tuple(note.text for note in load_with_notes(name, root=root, max_image_pixels=max_image_pixels)[1])
 
 
 def load_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """A picture, decoded: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8, first frame.
 
+    A JPEG of more than `max_image_pixels` is decoded at half its width and height (see `_halve`).
+
     Raises:
         DataError: as `check_image`; or the file is truncated or corrupt, or has floating-point pixels, whose
             range nobody can know.
     """
+    return _load(name, root, max_image_pixels, lambda image, stored, upright: upright)
+
+
+def load_with_notes(
+    name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[Image.Image, tuple[Note, ...]]:
+    """As `load_image`, with what was left out: later frames, transparency, bits, inks, every other row of pixels."""
+    return _load(
+        name,
+        root,
+        max_image_pixels,
+        lambda image, stored, upright: (upright, tuple(_notes(image, stored, shown(name)))),
+    )
+
+
+def _load(
+    name: str | Path, root: Path, max_image_pixels: int, result: Callable[[ImageFile, tuple[int, int], Image.Image], T]
+) -> T:
+    """`result` of the open file, its size as stored, and the decoded picture."""
     path = resolve_picture(name, root=root)
     try:
         with path.open("rb") as file:
-            image = _open(file, shown(name), max_image_pixels)
+            image, stored = _open(file, shown(name), max_image_pixels)
             image.load()
             if image.mode == "F":
                 raise DataError(
                     f"picture {shown(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel"
                 )
-            return to_rgb(ImageOps.exif_transpose(image))
+            return result(image, stored, to_rgb(ImageOps.exif_transpose(image)))
     except (DataError, MemoryError):
         raise
     # A corrupt file makes PIL's plugins raise anything from OSError to zlib.error; each means the same here.
     except Exception as error:
         raise DataError(f"picture {shown(name)!r} is corrupt or truncated: {_said(error)}") from error
+
+
+def _notes(image: ImageFile, stored: tuple[int, int], name: str) -> Iterator[Note]:
+    if image.size != stored:
+        width, height = image.size
+        yield Note("large picture", f"picture {name!r} is {stored[0]} x {stored[1]}; it is read as {width} x {height}")
+    if image.mode.startswith("I"):
+        yield Note("16 bits", f"picture {name!r} has 16 bits a channel; they are scaled to 8")
+    if image.mode == "CMYK":
+        yield Note("CMYK", f"picture {name!r} is in CMYK; its colours are converted without a profile")
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (OPAQUE, OPAQUE):
+        yield Note("transparency", f"picture {name!r} is transparent in places; white lies behind it")
+    try:
+        frames = getattr(image, "n_frames", 1)
+    # Counting walks through the file; what is broken behind the first frame is not used.
+    except Exception:
+        yield Note("animation", f"picture {name!r} has frames that cannot be read; the first is used")
+        return
+    if frames > 1:
+        yield Note("animation", f"picture {name!r} has {frames} frames; the first is used")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -126,9 +199,9 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (np.clip(values.astype(np.int64), 0, 65535) // 257).astype(np.uint8)
 
 
-def _open(file: BinaryIO, name: str, max_image_pixels: int) -> ImageFile:
-    """The picture with its header read and its size within the limits; nothing is decoded."""
-    prefix = file.read(_PREFIX_BYTES)
+def _open(file: BinaryIO, name: str, max_image_pixels: int) -> tuple[ImageFile, tuple[int, int]]:
+    """The picture with its header read and its size within the limits, and its size as stored; nothing is decoded."""
+    prefix = file.read(HEAD_BYTES)
     if not prefix:
         raise DataError(f"picture {name!r} is an empty file (0 bytes)")
     for identifier in FORMATS:
@@ -141,9 +214,27 @@ def _open(file: BinaryIO, name: str, max_image_pixels: int) -> ImageFile:
         # As in `load_image`: a corrupt header makes a plugin raise anything.
         except Exception as error:
             raise DataError(f"picture {name!r} is no readable {identifier}: {_said(error)}") from error
+        stored = image.size
+        _halve(image, max_image_pixels)
         _check_size(image, name, max_image_pixels)
-        return image
-    raise DataError(f"picture {name!r} is not a picture (begins with {prefix[:8]!r}); expected {', '.join(FORMATS)}")
+        return image, stored
+    found = hint(prefix) or f" (it begins with {prefix[:8]!r})"
+    raise DataError(f"picture {name!r} is not a picture{found}; expected {', '.join(FORMATS)}")
+
+
+def _halve(image: ImageFile, max_image_pixels: int) -> None:
+    """Have a JPEG beyond the limit decoded at half its width and height, if that is within it and still large.
+
+    Each block of 8 x 8 becomes one of 4 x 4 by its lower frequencies, which costs a quarter of the memory. What
+    remains is larger than any processor takes; after scaling to 1 megapixel, colours differ by less than one step
+    of 256 on average from those of the whole picture (tests/data/test_media.py).
+    """
+    width, height = image.size
+    pixels = width * height
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and max_image_pixels < pixels <= MOST_HALVED_PIXELS:
+        size = (width + 1) // 2, (height + 1) // 2
+        if LEAST_HALF_PIXELS <= size[0] * size[1] <= max_image_pixels:
+            image.draft(None, (width // 2, height // 2))
 
 
 def _check_size(image: ImageFile, name: str, max_image_pixels: int) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from mmpeft.config.names import did_you_mean
 from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
+from mmpeft.data.augment import AugmentSettings
 from mmpeft.data.encode import Encoded
 from mmpeft.data.types import Sample, SkippedSample
 
@@ -92,6 +93,9 @@ class Samples(Protocol):
 
     def set_epoch(self, epoch: int) -> None:
         """Take samples as epoch `epoch` has them."""
+
+    def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
+        """Vary samples from epoch to epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,11 @@ class MixedDataset(Dataset[Encoded]):
         self._epoch.fill_(epoch)
         for part in self.parts:
             part.dataset.set_epoch(epoch)
+
+    def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
+        """Vary the samples of all sources from epoch to epoch; one that an epoch shows twice is the same both times."""
+        for part in self.parts:
+            part.dataset.augment_with(settings, seed=seed)
 
     def place(self, index: int) -> tuple[int, int]:
         """Where sample `index` of this epoch comes from: which part, and which sample of it."""

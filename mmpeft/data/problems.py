@@ -10,6 +10,15 @@ LISTED = 10
 """Problems that one error message spells out; the rest are counted."""
 
 
+MOST_CHARACTERS = 1000
+"""Characters of a reason, and of an id, that a message gives: a row may hold millions."""
+
+
+def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A text, its middle left out if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Why one sample cannot be used.
@@ -28,8 +37,8 @@ class Problem:
 
     def located(self, file: Path) -> str:
         """`file:line: sample index (id 'x'): reason`."""
-        name = f" (id {self.id!r})" if self.id else ""
-        return f"{file}:{self.line}: sample {self.index}{name}: {self.reason}"
+        name = f" (id {shorten(self.id)!r})" if self.id else ""
+        return f"{file}:{self.line}: sample {self.index}{name}: {shorten(self.reason)}"
 
 
 def problems_error(file: Path, problems: Sequence[Problem], *, advice: str) -> DataError:

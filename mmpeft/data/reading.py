@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.sniff import HEAD_BYTES, hint, looks_like
+from mmpeft.data.sniff import HEAD_BYTES, UTF16, hint, looks_like
 
 CHUNK = 1 << 20
 """Characters read at a time."""
@@ -64,7 +64,7 @@ def read_objects(path: Path) -> Iterator[Located]:
         with path.open(encoding="utf-8-sig") as file:
             lines = path.suffix == ".jsonl" or _first_character(file) == "{"
             file.seek(0)
-            yield from _read_lines(file) if lines else _read_array(file, path)
+            yield from _read_lines(file, path) if lines else _read_array(file, path)
     except UnicodeDecodeError as error:
         raise _encoding_error(path) from error
     except OSError as error:
@@ -163,9 +163,14 @@ class _Decoder:
         return value
 
 
-def _read_lines(file: TextIO) -> Iterator[Located]:
+def _read_lines(file: TextIO, path: Path) -> Iterator[Located]:
     decoder = _Decoder()
     for number, line in _lines(file):
+        if line is not None and line.strip() in ("{", "["):
+            raise DataError(
+                f"{path}:{number}: what begins here goes over several lines; expected one sample a line, or, in a "
+                "file whose name ends in .json, a JSON array of samples"
+            )
         if line is None:
             yield Located(line=number, fault=f"the line has more than {MAX_ROW} characters; {_TOO_LARGE}")
         elif _values(line, 0, len(line)) > MAX_VALUES:
@@ -301,18 +306,21 @@ def _decode(decoder: _Decoder, window: _Window, path: Path, count: int) -> Any:
         except json.JSONDecodeError as error:
             unfinished = error.msg.startswith("Unterminated string")
             near_end = unfinished or error.pos >= len(window.text) - ESCAPE_WIDTH
+            offset = error.pos - window.position
             if near_end:
                 _check_size(window, path, count)
             if near_end and window.more():
                 continue
-            position = len(window.text) if unfinished else error.pos
+            position = len(window.text) if unfinished else window.position + offset
             at_end = near_end and not set("]}") & set(window.text[position:])
             window.advance(position)
             if at_end:
                 raise _CutOffError from None
+            found = window.text[position : position + 20]
+            zeros = f" (it looks like {UTF16})" if "\0" in found else ""
             raise DataError(
-                f"{path}:{window.line}: sample {count} is not valid JSON: {error.msg}; "
-                f"found {window.text[position : position + 20]!r}"
+                f"{path}:{window.line}: sample {count} is not valid JSON: {error.msg.removesuffix(' at')}; "
+                f"found {found!r}{zeros}"
             ) from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{window.line}: sample {count} cannot be read: {_said(error)}") from error

@@ -4,6 +4,8 @@ decoded row  -- layouts/<name>.py -->  Draft  -- sample_of -->  Sample
                                        (order of turns, placeholders of each medium, texts)
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,10 @@ MEDIA_KEYS: Mapping[Modality, tuple[str, ...]] = {modality: (modality, f"{modali
 """The keys of a row that hold paths of media: one path, or a list of them."""
 
 MEDIA_ROW_KEYS = tuple(key for keys in MEDIA_KEYS.values() for key in keys)
+
+
+MAX_TURNS = 10_000
+"""Turns of the longest conversation; chat templates, and models, are made for far fewer."""
 
 
 class UnusableError(Exception):
@@ -63,6 +69,8 @@ class Draft:
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)  # NaN, which pandas writes for an empty cell, Infinity or -Infinity
     kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return kinds.get(type(value), "a list" if isinstance(value, list) else "an object")
 
@@ -196,7 +204,9 @@ def _check_boxes(boxes: tuple[Box, ...], turns: tuple[Turn, ...], pictures: int)
 
 
 def _check_order(turns: tuple[Turn, ...], names: Mapping[Role, str]) -> None:
-    """A system turn at most in the first place, then user and assistant in turn, the assistant last."""
+    """A system turn at most in the first place, then user and assistant in turn, the assistant last; not too many."""
+    if len(turns) > MAX_TURNS:
+        raise UnusableError(f"{len(turns)} turns; expected at most {MAX_TURNS}: split the conversation")
     human, gpt = names["user"], names["assistant"]
     offset = 1 if turns[0].role == "system" else 0
     for number, turn in enumerate(turns[offset:], start=offset):

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from mmpeft.core.files import write_text
-from mmpeft.data.formats import read_rows
+from mmpeft.data.formats import read_rows, source_root
 from mmpeft.data.pictures import read_picture
 from mmpeft.data.types import Sample
 
@@ -23,7 +23,7 @@ def describe_samples(
         DataError: the file as a whole cannot be read.
     """
     path = Path(path)
-    root = Path(media_root) if media_root is not None else path.parent
+    root = Path(media_root) if media_root is not None else source_root(path)
     for row in read_rows(path):
         if row.sample is not None:
             yield _described(row.sample, root)
@@ -43,8 +43,11 @@ def _described(sample: Sample, root: Path) -> dict[str, Any]:
     }
 
 
-def write_page(out: Path, name: str, samples: Sequence[Mapping[str, Any]]) -> None:
+def write_page(out: Path, name: str, samples: Sequence[Mapping[str, Any]], *, epoch: int | None = None) -> None:
     """Write samples that `view_samples` gave as one HTML file; all text is escaped, scripts and requests forbidden.
+
+    Args:
+        epoch: for which the samples are augmented; None if they are not.
 
     Raises:
         OutputError: the file cannot be written.
@@ -52,4 +55,4 @@ def write_page(out: Path, name: str, samples: Sequence[Mapping[str, Any]]) -> No
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmpeft.data", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    write_text(out, environment.get_template("show.html.j2").render(name=name, samples=samples))
+    write_text(out, environment.get_template("show.html.j2").render(name=name, samples=samples, epoch=epoch))

@@ -3,6 +3,8 @@
 HEAD_BYTES = 64
 """Bytes that `looks_like` wants to see."""
 
+UTF16 = "UTF-16 text: save it as UTF-8"
+
 _BEGINNINGS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"\x1f\x8b", "gzip: unpack it"),
@@ -10,8 +12,8 @@ _BEGINNINGS = (
     (b"BZh", "bzip2: unpack it"),
     (b"\xfd7zXZ", "xz: unpack it"),
     (b"\x28\xb5\x2f\xfd", "zstandard: unpack it"),
-    (b"\xff\xfe", "UTF-16 text: save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text: save it as UTF-8"),
+    (b"\xff\xfe", UTF16),
+    (b"\xfe\xff", UTF16),
     (b"PAR1", "parquet: name it .parquet"),
     (b"%PDF", "a PDF: render its pages"),
     (b"\x89PNG", "PNG"),
@@ -53,7 +55,7 @@ def looks_like(head: bytes) -> str:
     if head and not head.strip(b"\0"):
         return "nothing but zero bytes: a download or a copy that broke off"
     if b"\0" in head[:2] or head[3:4] == b"\0" == head[1:2]:
-        return "UTF-16 text: save it as UTF-8"
+        return UTF16
     return ""
 
 

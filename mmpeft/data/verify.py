@@ -8,13 +8,14 @@ from typing import Any
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.data.box_text import spelt_out
 from mmpeft.data.chat import check_texts, control_tokens, render_chat
 from mmpeft.data.encode import cut_before_media
 from mmpeft.data.expand import picture_length
 from mmpeft.data.formats import Row
 from mmpeft.data.labels import LabelledTokens, answers_of, conversation_of, count_media, label_conversation
-from mmpeft.data.load_media import MediaLimits, check_films_and_recordings
-from mmpeft.data.pictures import Picture, Verify, read_picture, with_pictures
+from mmpeft.data.load_media import MediaLimits
+from mmpeft.data.pictures import Found, Verify, media_names, read_medium, with_media
 from mmpeft.data.problems import Problem
 from mmpeft.data.types import PLACEHOLDERS, Sample
 
@@ -45,14 +46,13 @@ def verify_rows(
 ) -> Findings:
     """Check structure, texts, chat template, pictures and lengths of all rows.
 
-    Pictures are read in threads, each file once. Texts are all searched for control tokens; the chat template is
+    Media are read in threads, each file once. Texts are all searched for control tokens; the chat template is
     tried on one sample of every shape (roles, pictures a turn), on every sample only where the shape fails or
     where `max_length` asks for its length.
     """
     findings = Findings()
     texts = _Texts(processor, max_length)
-    read = partial(read_picture, verify, media_root, max_image_pixels=limits.max_image_pixels)
-    for window, pictures in with_pictures(rows, read):
+    for window, media in with_media(rows, partial(read_medium, verify, media_root, limits)):
         for row in window:
             sample = row.sample
             place = sample or row.problem
@@ -62,18 +62,19 @@ def verify_rows(
                 findings.problems += [row.problem] if row.problem else []
                 continue
             try:
-                sizes = [_size(pictures[name]) for name in sample.images]
-                check_films_and_recordings(sample, media_root, limits)
-                findings.truncated += texts.check(sample, sizes)
+                found = [_readable(media[medium]) for medium in media_names(sample)]
+                sizes = [(medium[0], medium[1]) for medium in found[: len(sample.images)]]
+                written = spelt_out(processor, sample, root=media_root, limits=limits)
+                findings.truncated += texts.check(written, sizes)
             except DataError as error:
                 findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
     return findings
 
 
-def _size(picture: Picture) -> tuple[int, int]:
-    if isinstance(picture, str):
-        raise DataError(picture)
-    return picture
+def _readable(found: Found) -> Any:
+    if isinstance(found, str):
+        raise DataError(found)
+    return found
 
 
 class _Texts:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.audio import MAX_SECONDS, TooLong, audio_of_video
-from mmpeft.data.containers import opened
+from mmpeft.data.containers import check_streams, opened
 from mmpeft.data.embedded import shown
 from mmpeft.data.roots import resolve_inside
 from mmpeft.data.types import Video
@@ -135,6 +135,7 @@ def load_video(
 
 def _video_stream(container: Any, name: str) -> Any:
     """The film's own video stream (not its cover picture), of a size within the limit."""
+    check_streams(container, name, "video")
     streams = [stream for stream in container.streams.video if "attached_pic" not in str(stream.disposition)]
     if not streams:
         raise DataError(f"video {name!r} has no video stream; if it is a recording, name it as audio")

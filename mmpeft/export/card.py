@@ -69,12 +69,20 @@ def _content(facts: Mapping[str, Any]) -> dict[str, Any]:
         "asked": sum(number for number in counts if number) if all(counts) and counts else None,
         "train": (facts.get("data") or {}).get("train") or {},
         "held_out": (facts.get("data") or {}).get("eval") or {},
+        "uses": _uses(facts.get("data") or {}),
         "recipe": recipe,
         "recipe_text": recipe_text,
         "fence": _fence(recipe_text),
         "versions": facts.get("versions") or {},
         "not_recorded": units.NOT_RECORDED,
     }
+
+
+def _uses(data: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What each file was for; of a mixture each source with its weight."""
+    train = data.get("train") or {}
+    sources = [(f"training, weight {source['weight']:g}", source) for source in train.get("sources") or []]
+    return [*(sources or [("training", train)]), ("held out", data.get("eval") or {})]
 
 
 def _evaluation(facts: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mmpeft.families.registry import family_of, trained_model
 from mmpeft.families.spec import FamilySpec
 from mmpeft.methods.lora import lora_config
 from mmpeft.methods.plan import base_name
+from mmpeft.methods.readable import check_readable
 
 
 def get_peft_model(
@@ -40,7 +41,8 @@ def get_peft_model(
         place and are written as a model directory. LoRA cannot be combined with a `full` tower.
 
     Raises:
-        RecipeError: the block is wrong, matches nothing, or cannot be expressed as one adapter.
+        RecipeError: the block is wrong, matches nothing, cannot be expressed as one adapter, or as one that PEFT
+            reads back.
         ModelError: the model belongs to no family.
     """
     parts = check_train(train)
@@ -59,6 +61,7 @@ def get_peft_model(
     peft_model = _attach(model, lora_config(model, spec, held, saved=saved))
     freeze_carried(peft_model, parts)
     _check_trainable(peft_model, parts)
+    check_readable(peft_model)
     _in_full_precision(peft_model)
     return peft_model
 

@@ -1,5 +1,6 @@
 """From a `train` block to one `peft.LoraConfig`: which modules get LoRA, which are saved whole."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -15,11 +16,22 @@ from mmpeft.config.train import changes_base
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
 from mmpeft.families.spec import FamilySpec
+from mmpeft.methods.experts import keeps_pattern, parameter_names, rewritten_leaves
+
+logger = logging.getLogger(__name__)
 
 NO_TARGETS = "dummy-target-modules"
 """PEFT's own name for a LoRA that targets nothing, so that only `modules_to_save` train (peft >= 0.9)."""
 
-_PER_PART = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_PER_PART = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 
 
 def part_modules(model: nn.Module, spec: FamilySpec, part: Part) -> dict[str, nn.Module]:
@@ -44,8 +56,7 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
     modules = part_modules(model, spec, part)
     wanted = fields.get("target_modules", "all-linear")
     if wanted is None or wanted == "all-linear":
-        heads = _heads(model)
-        chosen = [name for name, module in modules.items() if module not in heads]
+        chosen = _all_linear(model, part, modules)
     elif isinstance(wanted, str):
         chosen = [name for name in modules if _matches(wanted, _inside(name, spec, part))]
     else:
@@ -55,14 +66,39 @@ def target_names(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping
     if excluded:
         _check_each_excluded(part, excluded, spec, modules)
         chosen = [name for name in chosen if not _excluded(name, excluded, spec, part)]
-    if not chosen:
+    if not chosen and not (wanted == [] and fields.get("target_parameters")):
         inside = f" such as {_inside(next(iter(modules)), spec, part)!r}" if modules else ""
         raise RecipeError(
             f"train.{part}: not one module matched target_modules={wanted!r}; "
             f"the {part} part has: {', '.join(_leaf_names(modules)) or 'no linear layer at all'}"
             f"{f' (a pattern has to match the whole name inside the part,{inside})' if isinstance(wanted, str) else ''}"
         )
+    _check_not_rewritten(model, part, chosen)
     return _in_layers(chosen, part, fields, spec)
+
+
+def _all_linear(model: nn.Module, part: Part, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Every linear layer of the part but heads, and but those that PEFT would take for experts."""
+    heads, rewritten = _heads(model), rewritten_leaves(model, modules)
+    if rewritten:
+        logger.warning(
+            "train.%s: LoRA leaves out the linear layers %s: for this model type peft would put it on all experts "
+            "instead; to train those, name them in target_parameters",
+            part,
+            ", ".join(sorted(rewritten)),
+        )
+    return [
+        name for name, module in modules.items() if module not in heads and name.rpartition(".")[2] not in rewritten
+    ]
+
+
+def _check_not_rewritten(model: nn.Module, part: Part, names: Iterable[str]) -> None:
+    rewritten = rewritten_leaves(model, names)
+    if rewritten:
+        raise RecipeError(
+            f"train.{part}.target_modules: for this model type peft takes {', '.join(sorted(rewritten))} as words for "
+            "all experts, not for these linear layers; leave them out, and name experts in target_parameters"
+        )
 
 
 def _in_layers(names: list[str], part: Part, fields: Mapping[str, Any], spec: FamilySpec) -> list[str]:
@@ -185,13 +221,14 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
         return LoraConfig(target_modules=NO_TARGETS, modules_to_save=saved)
     shared = _shared_fields(parts)
     names = {part: target_names(model, spec, part, fields) for part, fields in parts.items()}
+    experts = {part: _experts(model, spec, part, fields) for part, fields in parts.items()}
     for part, fields in parts.items():
         _check_decomposable(model, part, fields, names[part])
     first = next(iter(parts.values()))
     rank, alpha = first.get("r", 8), first.get("lora_alpha", 8)
     ranks, alphas = {}, {}
     for part, fields in list(parts.items())[1:]:
-        pattern = names_to_regex(names[part])
+        pattern = names_to_regex([*names[part], *experts[part]])
         if fields.get("r", 8) != rank:
             ranks[pattern] = fields.get("r", 8)
         if fields.get("lora_alpha", 8) != alpha:
@@ -200,7 +237,8 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,
-            target_modules=names_to_regex([name for part in parts for name in names[part]]),
+            target_modules=_targets(model, [name for part in parts for name in names[part]]),
+            target_parameters=[name for part in parts for name in experts[part]] or None,
             modules_to_save=saved or None,
             rank_pattern=ranks,
             alpha_pattern=alphas,
@@ -208,6 +246,19 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train.{next(iter(parts))}: peft.LoraConfig refuses these fields: {error}") from error
+
+
+def _experts(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping[str, Any]) -> list[str]:
+    names = parameter_names(model, spec, part, fields)
+    return _in_layers(names, part, fields, spec) if names else names
+
+
+def _targets(model: nn.Module, names: list[str]) -> str | list[str]:
+    """The names as a pattern where PEFT keeps one, else one by one."""
+    if not names:
+        return NO_TARGETS
+    pattern = names_to_regex(names)
+    return pattern if keeps_pattern(model, pattern) else names
 
 
 def _check_decomposable(model: nn.Module, part: Part, fields: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -11,6 +11,9 @@ from transformers.utils import cached_file
 from mmpeft.config.recipe import ComposeConfig, Recipe, StageConfig
 from mmpeft.core.hashing import hash_file, hash_value
 from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.data.embedded import split_member
+from mmpeft.data.mixture import MixedDataset
+from mmpeft.data.roots import resolve_inside
 from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.pipeline.facts import versions
 
@@ -53,15 +56,31 @@ def base_hash(recipe: Recipe) -> str:
     return hash_value(model_identity(recipe.model))
 
 
-def data_hash(dataset: MultimodalDataset) -> str:
-    """Of a data set: its file's content, size and time of each medium, and how much of it is decoded."""
+def data_hash(dataset: MultimodalDataset | MixedDataset) -> str:
+    """Of a data set: its file's content, size and time of each medium, and how much of it is decoded.
+
+    Of a mixture: of each source, with its weight.
+    """
+    if isinstance(dataset, MixedDataset):
+        return hash_value([[part.weight, data_hash(part.dataset)] for part in dataset.parts])
     media = {}
     for index in range(len(dataset)):
         for name in chain.from_iterable(dataset.sample(index).media.values()):
             if name not in media:
                 stat = (dataset.media_root / name).stat()
                 media[name] = [stat.st_size, stat.st_mtime_ns]
-    return hash_value([dataset.fingerprint, media, len(dataset), asdict(dataset.limits)])
+    varied = [dataset.augmentation.to_dict()] if dataset.augmentation is not None else []
+    return hash_value([dataset.fingerprint, media, len(dataset), asdict(dataset.limits), *varied])
+
+
+def _file_of(name: str, root: Path) -> Path:
+    """The file that holds a medium: itself, or the container that it is a member of; neither is opened."""
+    plain = root / name
+    if plain.is_file():
+        return plain
+    parts = split_member(name)
+    found = resolve_inside(parts[0] if parts else name, root=root, kind="medium")
+    return found if isinstance(found, Path) else plain
 
 
 def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) -> str:

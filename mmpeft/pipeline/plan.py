@@ -1,5 +1,6 @@
 """What a recipe will do, worked out before anything runs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +23,14 @@ def carry_forward(carried: dict[Part, PartTraining], stage: StageConfig) -> dict
     return {**carried, **{part: saved_as(training) for part, training in stage.train.items() if training != "frozen"}}
 
 
-def plan_stages(recipe: Recipe, base: str, samples: int) -> list[dict[str, Any]]:
+def plan_stages(
+    recipe: Recipe, base: str, samples: int, *, sources: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """For each stage its samples, steps, batch and the table of parts, as plan.json holds them.
+
+    Args:
+        samples: of an epoch.
+        sources: of a mixture, each with `name`, `weight`, `samples` and `shown`.
 
     Raises:
         RecipeError: a stage's `train` block does not fit the model, or the batch the processes.
@@ -42,6 +49,7 @@ def plan_stages(recipe: Recipe, base: str, samples: int) -> list[dict[str, Any]]
             {
                 "name": stage.name,
                 "samples": samples,
+                **({"sources": list(sources)} if sources else {}),
                 "steps": count_steps(stage, samples, batch.size),
                 "epochs": stage.epochs,
                 "batch": asdict(batch),

@@ -20,8 +20,6 @@ from mmpeft.core.errors import OutputError, RecipeError
 from mmpeft.core.files import ensure_directory, read_json, write_json, write_text
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
-from mmpeft.data.dataset import MultimodalDataset, load_dataset
-from mmpeft.data.load_media import MediaLimits
 from mmpeft.export.card import render_card
 from mmpeft.families.registry import family_of
 from mmpeft.methods.checkpoint import copy_adapter
@@ -29,6 +27,7 @@ from mmpeft.models.devices import pick_device
 from mmpeft.models.load import FACTS_NAME, load_model, load_processor
 from mmpeft.pipeline.arguments import check_trainer_blocks
 from mmpeft.pipeline.base import resolve_base, skeleton
+from mmpeft.pipeline.data import check_media, describe_data, describe_sources, load_held_out, load_train
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory
 from mmpeft.pipeline.evaluate import evaluate_with
 from mmpeft.pipeline.facts import hardware, versions
@@ -129,19 +128,6 @@ class _Position:
         return self.adapter or Path(self.base)
 
 
-def _check_pictures(recipe: Recipe, dataset: MultimodalDataset) -> None:
-    """A stage that trains only what carries media would learn nothing from a file without one."""
-    if any(any(dataset.sample(index).media.values()) for index in range(len(dataset))):
-        return
-    for stage in recipe.stages:
-        if stage.train.get("language", "frozen") == "frozen":
-            parts = " and ".join(part for part, training in stage.train.items() if training != "frozen")
-            raise RecipeError(
-                f"stages.{stage.name}: it trains only {parts}, but no sample of {dataset.path} has a picture; "
-                "train the language part, or give samples an `image`"
-            )
-
-
 class _Run:
     """One run of a recipe; each method is one act of it."""
 
@@ -168,48 +154,23 @@ class _Run:
             base, max_pixels=recipe.data.max_pixels, trust_remote_code=recipe.trust_remote_code
         )
         with self.state.main_process_first():
-            self.train = self._load(recipe.data.train)
-            self.eval = self._load(recipe.data.eval) if recipe.data.eval is not None else None
+            self.train = load_train(recipe, self.processor)
+            self.eval = load_held_out(recipe, self.processor)
         self.hashes = {id(data): data_hash(data) for data in (self.train, self.eval) if data is not None}
         check_trainer_blocks(recipe, len(self.train))
-        _check_pictures(recipe, self.train)
-        plan = plan_stages(recipe, base, len(self.train))
+        check_media(recipe, self.train)
+        plan = plan_stages(recipe, base, len(self.train), sources=describe_sources(self.train))
         if write:
             write_json(directory.plan, {"stages": plan})
-            write_json(directory.data, {"train": self._describe(self.train), "eval": self._describe(self.eval)})
+            write_json(directory.data, describe_data(recipe, self.train, self.eval))
         self.plan = {row["name"]: row for row in plan}
         stored = read_json(directory.evaluation) if directory.evaluation.exists() else {}
         self.stored = stored
         self.state.wait_for_everyone()
 
-    def _describe(self, dataset: MultimodalDataset | None) -> dict[str, Any] | None:
-        """What data.json says of a file; paths as the recipe has them, since adapters are published with them."""
-        if dataset is None:
-            return None
-        return {
-            "file": str(dataset.path),
-            "media_root": str(self.recipe.data.media_root or dataset.path.parent),
-            "samples": len(dataset),
-            "truncated": dataset.truncated,
-            "fingerprint": dataset.fingerprint,
-            "skipped": [vars(skipped) for skipped in dataset.skipped],
-        }
-
     def evaluate_base(self) -> None:
         """Answers before anything is trained."""
         self._evaluate("before", None)
-
-    def _load(self, path: Path) -> MultimodalDataset:
-        data = self.recipe.data
-        return load_dataset(
-            path,
-            media_root=data.media_root,
-            processor=self.processor,
-            max_length=data.max_length,
-            limits=MediaLimits(**data.media.model_dump()),
-            on_error=data.on_error,
-            max_skipped=data.max_skipped,
-        )
 
     def advance(self, index: int, stage: StageConfig, *, resume: bool) -> None:
         """Train one stage, or find that it is done, and evaluate what came out."""

@@ -34,6 +34,7 @@ from mmpeft.methods.checkpoint import (
 from mmpeft.methods.plan import TrainingPlan, describe_training
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.arguments import Batch, count_steps, learning_rates, plan_batch, training_arguments
+from mmpeft.pipeline.data import TrainData
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
@@ -108,7 +109,7 @@ def run_stage(
     recipe: Recipe,
     stage: StageConfig,
     prepared: PreparedStage,
-    dataset: MultimodalDataset,
+    dataset: TrainData,
     held_out: MultimodalDataset | None = None,
     *,
     folder: StageDirectory,
@@ -173,7 +174,7 @@ def _trainer(
     recipe: Recipe,
     stage: StageConfig,
     prepared: PreparedStage,
-    datasets: tuple[MultimodalDataset, MultimodalDataset | None],
+    datasets: tuple[TrainData, MultimodalDataset | None],
     *,
     folder: StageDirectory,
     batch: Batch,

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import yaml
 from typer.testing import CliRunner
 
 from mmpeft.cli.data import app
@@ -111,7 +112,45 @@ def test_show_with_a_model_prints_tokens_and_writes_a_page(tmp_path):
     assert result.exit_code == 0, result.output
     assert "<image> x 4" in result.stdout
     assert "data:image/png" in (tmp_path / "a.html").read_text()
-    assert invoke("show", tmp_path / "train.json", "--html", tmp_path / "b.html").exit_code == 2
+
+
+def test_show_without_a_model_writes_a_page_of_turns_and_pictures(tmp_path):
+    result = invoke("show", colour_set(tmp_path), "-n", 2, "--html", tmp_path / "a.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "a.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("data:image/png") == 2
+    assert "Which colour?" in page
+
+
+def test_show_prints_samples_as_an_epoch_has_them(tmp_path):
+    colour_set(tmp_path)
+    block = {"crop": {"area": [0.2, 0.5]}, "paraphrase": {"Which colour?": ["What colour is it?", "Its colour?"]}}
+    recipe = {"model": "m", "data": {"train": "t.json", "augment": block}, "stages": "lora", "seed": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (tmp_path / "block.yaml").write_text(yaml.safe_dump({**block, "seed": 3}), encoding="utf-8")
+    options = ("-n", 1, "--html", tmp_path / "a.html", "--augment", tmp_path / "recipe.yaml")
+    shown = [invoke("show", tmp_path / "train.json", *options, "--epoch", epoch) for epoch in range(4)]
+    assert all(result.exit_code == 0 for result in shown), shown[0].output
+    assert all("cropped to" in result.stdout for result in shown)
+    assert len({result.stdout.partition("in epoch")[2][2:] for result in shown}) > 1
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert "<h3>original</h3>" in page
+    assert "<h3>epoch 3</h3>" in page
+    alone = ("-n", 1, "--augment", tmp_path / "block.yaml", "--json", "--epoch", 3)
+    value = json.loads(invoke("show", tmp_path / "train.json", *alone).stdout)
+    assert value["samples"][0]["augmented"]["notes"][-1].startswith("cropped to")
+
+
+def test_show_names_a_bad_augmentation_by_its_line(tmp_path):
+    colour_set(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("model: m\ndata:\n  train: t\n  augment:\n    flip: swop\n", encoding="utf-8")
+    result = invoke("show", tmp_path / "train.json", "--augment", tmp_path / "recipe.yaml")
+    assert "line 5: flip.sided: found 'swop'" in str(result.exception)
+    (tmp_path / "recipe.yaml").write_text("model: m\ndata: {train: t}\n", encoding="utf-8")
+    result = invoke("show", tmp_path / "train.json", "--augment", tmp_path / "recipe.yaml")
+    assert "has no `data.augment`" in str(result.exception)
 
 
 def test_checking_data_needs_neither_torch_nor_transformers():

@@ -172,3 +172,35 @@ def test_a_value_of_another_shape_is_named_in_the_words_of_a_recipe(tmp_path):
     message = problems(tmp_path, "model: m\ndata: train.json\nstages: {projector: {train: {projector: full}}}\n")
     assert "line 2: data: found 'train.json'; expected a block of keys and values" in message
     assert "expected a list" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"train": []}, "data.train: found an empty list; expected at least one source"),
+        ({"train": [{"path": "a", "weigth": 2}]}, "data.train[0].weigth: unknown key; did you mean 'weight'?"),
+        ({"train": [{"weight": 2}]}, "data.train[0].path: missing"),
+        ({"train": ["a", 3]}, "data.train[1]: found 3; expected a block of keys and values"),
+        ({"train": [{"path": "a", "weight": 0}]}, "data.train[0].weight: found 0; input should be greater than 0"),
+        ({"train": {"path": "a", "weight": True}}, "data.train.weight: expected a number, found "),
+        ({"train": "a", "eval": ["b"]}, "data.eval: found a list; expected one file"),
+        ({"train": "a", "eval": {"path": "b", "weight": 2}}, "data.eval.weight: found 2; held-out questions"),
+    ],
+)
+def test_a_source_that_cannot_be_meant_is_named(data, said):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict({**MINIMAL, "data": data})
+    assert said in str(caught.value)
+    assert "1 problem:" in str(caught.value)
+
+
+def test_sources_are_written_as_a_path_a_block_or_a_list():
+    sources = ["a.json", {"path": "b.json", "weight": 2, "columns": {"question": "frage"}}]
+    recipe = Recipe.from_dict({**MINIMAL, "data": {"train": sources, "eval": {"path": "c.csv", "question": "what?"}}})
+    assert [(str(source.path), source.weight) for source in recipe.data.sources] == [("a.json", 1.0), ("b.json", 2.0)]
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    one = Recipe.from_dict({**MINIMAL, "data": {"train": "a.json"}})
+    assert one.to_dict()["data"]["train"] == "a.json"
+    assert (
+        one.data.sources[0].path == Recipe.from_dict({**MINIMAL, "data": {"train": sources[:1]}}).data.sources[0].path
+    )

@@ -149,7 +149,7 @@ def test_films_and_recordings_are_opened(tmp_path):
     rows = [row(human("<video>q"), gpt("a"), video="empty.mp4"), row(human("<audio>q"), gpt("a"), audio="no.wav")]
     path = write_lines(tmp_path / "a.jsonl", rows)
     report = check_data(path)
-    assert report.found == {"film or recording": 2}
+    assert report.found == {"video": 1, "recording": 1}
     assert "'empty.mp4'" in report.errors[0]
     assert "'no.wav' does not exist" in report.errors[1]
     assert not check_data(path, open_media=False).errors

@@ -255,7 +255,7 @@ def test_the_same_bytes_are_another_entry_under_another_suffix(tmp_path, process
     assert len(load_dataset(array, processor=processor)) == 1
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(array.read_bytes())
-    with pytest.raises(DataError, match="not one JSON object on one line"):
+    with pytest.raises(DataError, match="goes over several lines"):
         load_dataset(lines, processor=processor)
 
 

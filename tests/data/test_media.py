@@ -82,7 +82,7 @@ def test_an_empty_file_and_one_that_is_no_picture(tmp_path):
     (tmp_path / "header.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
     for function in (check_image, load_image):
         assert "is an empty file (0 bytes)" in failure("empty.png", tmp_path, function)
-        assert "is not a picture (begins with b'hello, w'); expected PNG" in failure("text.png", tmp_path, function)
+        assert "is not a picture (it begins with b'hello, w'); expected PNG" in failure("text.png", tmp_path, function)
         assert "is not a picture" in failure("post.eps", tmp_path, function)
         assert "is no readable PNG" in failure("header.png", tmp_path, function)
 

@@ -145,3 +145,25 @@ def test_files_of_one_stem_are_known_by_their_paths(tmp_path, processor):
         (tmp_path / folder).mkdir()
     paths = [write_json(tmp_path / folder / "train.json", [row()]) for folder in "ab"]
     assert [part.name for part in load_dataset(paths, processor=processor).parts] == [str(path) for path in paths]
+
+
+def test_tables_and_folders_are_sources_too(tmp_path, processor):
+    (tmp_path / "tables").mkdir()
+    table = tmp_path / "tables" / "fragen.csv"
+    table.write_text("bild,frage,antwort\na.png,What is it?,a tree\n", encoding="utf-8")
+    picture(tmp_path / "tables" / "a.png")
+    captions = tmp_path / "captions"
+    picture(captions / "b.png")
+    (captions / "b.txt").write_text("a lake", encoding="utf-8")
+    columns = {"image": "bild", "question": "frage", "answer": "antwort"}
+    sources = [{"path": table, "columns": columns}, {"path": captions, "question": "Describe it."}]
+    dataset = load_dataset(sources, processor=processor)
+    assert [part.name for part in dataset.parts] == ["fragen", "captions"]
+    assert [part.dataset.media_root.name for part in dataset.parts] == ["tables", "captions"]
+    said = [[turn.text for turn in dataset.sample(index).turns] for index in range(2)]
+    assert said == [["<image>\nWhat is it?", "a tree"], ["<image>\nDescribe it.", "a lake"]]
+    assert all("pixel_values" in dataset[index] for index in range(2))
+    alone = load_dataset(table, columns=columns, processor=processor)
+    assert alone.sample(0) == dataset.sample(0)
+    other = load_dataset(captions, question="What is there?", processor=processor)
+    assert other.fingerprint != dataset.parts[1].dataset.fingerprint

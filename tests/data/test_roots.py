@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from mmpeft.core.errors import DataError
 from mmpeft.data import embedded
+from mmpeft.data.audio import check_audio, load_audio
 from mmpeft.data.media import load_image
 from mmpeft.data.roots import resolve_inside
+from mmpeft.data.video import check_video, load_video
 from tests.data.files import picture
+from tests.data.films import film, recording
 
 PNG = "data:image/png;base64,"
 
@@ -136,3 +139,19 @@ def test_no_name_leads_out_of_the_root(tmp_path_factory, name):
     for text in (name, f"file:{name}", f"data:{name}", f"s.tar::{name}"):
         with pytest.raises(DataError):
             resolve_inside(text, root=root, kind="picture")
+
+
+def test_films_and_recordings_in_archives_and_urls_are_read(tmp_path):
+    sound = recording(tmp_path / "a.wav", seconds=0.5).read_bytes()
+    other = recording(tmp_path / "a.flac", seconds=0.5).read_bytes()
+    moving = film(tmp_path / "b.mp4", frames=10, sound=0.4).read_bytes()
+    archive(tmp_path / "s.tar", a__wav=sound, a__flac=other, b__mp4=moving)
+    for name in ("s.tar::a.wav", "s.tar::a.flac", url_of(tmp_path / "a.wav", "audio/wav")):
+        assert check_audio(name, root=tmp_path).duration == 0.5
+        assert len(load_audio(name, root=tmp_path).samples) == 8000
+    for name in ("s.tar::b.mp4", url_of(tmp_path / "b.mp4", "video/mp4")):
+        facts = check_video(name, root=tmp_path)
+        assert (facts.frames, facts.has_audio) == (10, True)
+        video = load_video(name, root=tmp_path, with_audio=True)
+        assert (video.total_frames, video.audio is not None) == (10, True)
+    assert "is of type 'audio/wav" in failure(url_of(tmp_path / "a.wav", "audio/wav"), tmp_path, kind="video")

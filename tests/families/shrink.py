@@ -31,33 +31,33 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?(hidden_layers|num_layers|encoder_layers|decoder_layers|depth|layers|n_layers|add_layers)", 2),
     (r"(.*_)?(num_experts|n_routed_experts|num_local_experts)", 4),
     (r"num_experts_per_tok|moe_k|moe_topk|top_k_experts", 2),
-    (r"n_shared_experts|moe_num_shared_experts|n_group|topk_group", 1),
+    (r"n_shared_experts|moe_num_shared_experts|n_groups?|topk_group", 1),
     (r"(.*_)?(image_size|img_size|resolution)", IMAGE),
     (r"(.*_)?patch_size", PATCH),
     (r"num_position_embeddings|num_patches|max_num_patches", (IMAGE // PATCH) ** 2),
-    (r"num_filters", 4),
-    (r"(.*_)?(channels|conv_in_channels|downsample_channels|hidden_sizes|codebook_size|num_embeddings)", 32),
+    (r"num_filters|mm_tokens_per_image|latent_query_num|num_query_tokens|.*_latents", 4),
+    (r"patch_embed_hidden_size", 3 * PATCH * PATCH),
+    (r"(.*_)?((?<!downsample_)channels|hidden_sizes|codebook_size|num_embeddings)", 32),
     (
-        r"(.*_)?(hidden_size|hidden_dim|d_model|embed_dim|word_embed_proj_dim|output_dim|input_dim|projection_dim|in_dim|out_dim)",
+        r"(.*_)?(hidden_size|downsample_channels|hidden_dim|d_model|embed_dim|word_embed_proj_dim|output_dim|input_dim|projection_dim|in_dim|out_dim)",
         HIDDEN,
     ),
     (r"(.*_)?(intermediate_size|ffn_dim|mlp_dim|d_ff|expert_dim)(_.*)?", 2 * HIDDEN),
 )
 """Names of fields, as patterns of the whole name, and the value that each gets; the first that matches counts."""
 
-_VOCABULARY = {"<image>": 250, "<|image token|>": 250, "<|extra_200|>": 251} | {
-    f"{name}{number}{end}": 100 + number
-    for number in range(32)
-    for name, end in (("IMGIMG", "Z"), ("<|visual token ", "|>"))
+_CHAMELEON = {
+    f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(number))}Z": 100 + number for number in range(32)
 }
+_EMU3 = {f"<|visual token {number:06d}|>": 100 + number for number in range(32)}
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "apertus1p5": {"audio_config.codebook_dim": HIDDEN, "image_token_offset": 100, "audio_token_offset": 132},
-    "chameleon": {"vocabulary_map": _VOCABULARY},
+    "aria": {"projector_patch_to_query_dict": {(IMAGE // PATCH) ** 2: 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 250, **_CHAMELEON}},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
     "dots3_note": {
         "audio_config.adapter_input_size": HIDDEN,
-        "text_config.num_key_value_heads": HEADS,
         "text_config.swa_num_attention_heads": HEADS,
         "text_config.swa_num_key_value_heads": HEADS,
         "text_config.swa_q_lora_rank": 16,
@@ -66,8 +66,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.swa_qk_nope_head_dim": HEAD_DIM,
         "text_config.swa_v_head_dim": HEAD_DIM,
     },
-    "emu3": {"vocabulary_map": _VOCABULARY},
-    "glm5_next": {"text_config.num_key_value_heads": HEADS},
+    "emu3": {"vocabulary_map": {"<image>": 250, "<|extra_200|>": 251, **_EMU3}, "vq_config.hidden_size": 128},
+    "florence2": {"vision_config.patch_size": [7, 3, 3, 3]},
+    "gemma4_unified": {"vision_config.pooling_kernel_size": 1, "vision_config.output_proj_dims": HIDDEN},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0] * 4},
     "hunyuan_vl": {"text_config.head_dim": HEAD_DIM},
     "diffusion_gemma": {
@@ -75,7 +76,18 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": HIDDEN,
     },
+    "muse_glimmer": {"out_hidden_size": 4 * HIDDEN},
+    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "llama4": {"vision_config.intermediate_size": 4 * HIDDEN},
+    "mllama": {"vision_config.vision_output_dim": 2 * HIDDEN},
+    "paddleocr_vl": {"text_config.rope_parameters": {**_ROTARY, **MROPE}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 240, "audio_start_token_id": 241},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 240, "audio_start_token_id": 241},
+    "step3p7": {"text_config.sliding_window": 8},
+    "udop": {"decoder_start_token_id": 0},
+    "vision-encoder-decoder": {"decoder_start_token_id": 0, "pad_token_id": 0},
+    "vipllava": {"vision_feature_layers": [-1, -2, -1, -2, 1]},
     "nemotron_h_omni": {"audio_config.projection_hidden_size": HIDDEN, "audio_config.projection_bias": False},
     "qwen4_exp": {
         "text_config.indexer_n_heads": 2,
@@ -91,7 +103,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A model of this type with random weights, in evaluation mode."""
     torch.manual_seed(seed)
-    return AutoModelForImageTextToText.from_config(tiny_config(model_type)).eval()
+    model = AutoModelForImageTextToText.from_config(tiny_config(model_type)).eval()
+    # Weights that begin at zero (gates, Gemma 3's projection) would keep the picture out.
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not name.endswith("bias") and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -115,6 +132,12 @@ def _shrink(config: PreTrainedConfig, special: Mapping[str, Any], tokens: dict[s
             small = _small(name, value, kept, count, tokens)
             if small != default:
                 values[name] = small
+    heads = {
+        vars(config).get(config.attribute_map.get(name, name))
+        for name in ("num_attention_heads", "num_key_value_heads")
+    }
+    if len(heads) == 1 and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = HEADS
     values |= {key: value for key, value in special.items() if "." not in key}
     if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
         rotary = vars(config).get("rope_parameters") or dict.fromkeys(set(config.layer_types), _ROTARY)
@@ -153,11 +176,15 @@ def _layers(config: PreTrainedConfig) -> list[int]:
 
 def _small(name: str, value: Any, kept: list[int], count: int, tokens: dict[str, int]) -> Any:
     """The value that a field gets."""
+    if name in ("initializer_range", "init_std"):
+        return 0.1
+    if value is None and re.fullmatch(r"(image|video)_token_(id|index)", name):
+        return _token(name, 0, tokens)
     if isinstance(value, bool | float | str) or value is None:
         return value
     if isinstance(value, Mapping):
         return _rotary(value) if name == "rope_parameters" else value
-    if re.fullmatch(r".*token_(id|index|ids)", name):
+    if re.fullmatch(r".*(token_(id|index|ids)|_patch_id)", name):
         return _token(name, value, tokens)
     if isinstance(value, list | tuple):
         return type(value)(_small_list(name, value, kept, count))
@@ -169,6 +196,8 @@ def _small(name: str, value: Any, kept: list[int], count: int, tokens: dict[str,
 
 def _small_list(name: str, values: Sequence[Any], kept: list[int], count: int) -> Sequence[Any]:
     """An entry for each layer that is kept; numbers of layers within what is kept; sizes by name."""
+    if name == "image_grid_pinpoints":
+        return [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]
     size = _size(name)
     if count and len(values) == count:
         if list(values) == list(range(count)):

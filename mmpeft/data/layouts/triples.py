@@ -73,7 +73,8 @@ def caption_draft(row: Mapping[str, Any], options: Options) -> Draft:
     if not marks:
         raise UnusableError(f"no picture; expected it under one of {', '.join(_MEDIA_NAMES)}")
     first = next(modality for modality, paths in media.items() if paths)
-    question = options.question or f"Describe the {WORDS[first]}."
+    asked = f"What is in the {WORDS[first]}?" if column(row, "caption") == "label" else f"Describe the {WORDS[first]}."
+    question = options.question or asked
     turns = (
         Turn(role="user", text=f"{marks}\n{question}"),
         Turn(role="assistant", text=said(_answer(_needed(row, "caption")), "the caption")),

@@ -1,0 +1,115 @@
+"""Every model type that `AutoModelForImageTextToText` knows, with its parts and how far mmpeft supports it.
+
+First-class families state their facts in code, which is read when the catalogue is made. What is known of all other
+types stands in walked.json: tests/families/test_walk.py trains a tiny model of each and fails where the file says
+something else.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from mmpeft.core.types import PARTS, Part
+from mmpeft.families.registry import FAMILIES
+from mmpeft.families.spec import FamilySpec
+
+WALKED = Path(__file__).with_name("walked.json")
+"""One record a model type:
+    step             "picture" or "text": what it was trained on
+    parts, found     what inspection finds, and how (types without a file of facts)
+    modalities       the same
+    exclude_modules  modules that LoRA has to leave out
+    note             what else a user should know
+    reason           why it is not supported; then there is no step
+"""
+
+Status = Literal["first class", "generic", "not supported"]
+Step = Literal["picture", "text"]
+How = Literal["stated", "get_encoder", "get_decoder", "name"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of one model type.
+
+    Attributes:
+        model_type: value of `config.model_type`.
+        family: name of the first-class family; None for all others.
+        status: `first class`: a file of facts and the contract test; `generic`: parts found by inspection, one
+            training step and the reloaded adapter tested; `not supported`: see `note`.
+        step: what the tiny model was trained on in the test; None if it was not.
+        parts: module paths by part.
+        found: for each part, how: stated by the family, by `get_encoder` or `get_decoder`, or by a module's name.
+        modalities: what it takes beside text.
+        note: what a user should know, or why it is not supported; "" if nothing.
+    """
+
+    model_type: str
+    family: str | None
+    status: Status
+    step: Step | None
+    parts: Mapping[Part, tuple[str, ...]]
+    found: Mapping[Part, How]
+    modalities: tuple[str, ...]
+    note: str = ""
+
+
+def walked() -> dict[str, dict[str, Any]]:
+    """The checked-in table."""
+    table: dict[str, dict[str, Any]] = json.loads(WALKED.read_text(encoding="utf-8"))
+    return table
+
+
+def catalogue() -> tuple[Entry, ...]:
+    """All model types in the order of their names, and those that mmpeft adds to transformers' own."""
+    own = {model_type: spec for spec in FAMILIES for model_type in spec.model_types}
+    table = walked()
+    names = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *own})
+    return tuple(
+        _first_class(name, own[name], table.get(name, {})) if name in own else _other(name, table.get(name))
+        for name in names
+    )
+
+
+def _first_class(model_type: str, spec: FamilySpec, record: Mapping[str, Any]) -> Entry:
+    return Entry(
+        model_type=model_type,
+        family=spec.name,
+        status="first class",
+        step=record.get("step"),
+        parts={part: spec.parts[part] for part in PARTS if part in spec.parts},
+        found=dict.fromkeys(spec.parts, "stated"),
+        modalities=spec.modalities,
+        note=spec.note,
+    )
+
+
+def _other(model_type: str, record: Mapping[str, Any] | None) -> Entry:
+    if record is None:
+        record = {"reason": "this version of transformers has it, and mmpeft has not tried it yet"}
+    parts: dict[Part, tuple[str, ...]] = {
+        part: tuple(record["parts"][part]) for part in PARTS if part in record.get("parts", {})
+    }
+    return Entry(
+        model_type=model_type,
+        family=None,
+        status="not supported" if "reason" in record else "generic",
+        step=record.get("step"),
+        parts=parts,
+        found=record.get("found", {}),
+        modalities=tuple(record.get("modalities", ())),
+        note=record.get("reason") or " ".join(_notes(record, parts)),
+    )
+
+
+def _notes(record: Mapping[str, Any], parts: Mapping[Part, Any]) -> Iterable[str]:
+    if "projector" not in parts:
+        yield "No projector: train LoRA on the language model."
+    if "exclude_modules" in record:
+        yield f"Give language.exclude_modules: [{', '.join(record['exclude_modules'])}]: peft does not load them again."
+    if "note" in record:
+        yield record["note"]

@@ -1,0 +1,131 @@
+"""A recipe's data: loaded, checked against its stages, and described for the run's records."""
+
+from typing import Any
+
+from mmpeft.config.data import SourceConfig
+from mmpeft.config.recipe import Recipe
+from mmpeft.core.errors import RecipeError
+from mmpeft.core.hashing import hash_value
+from mmpeft.data.dataset import MultimodalDataset, load_dataset, load_file
+from mmpeft.data.load_media import MediaLimits
+from mmpeft.data.mixture import MixedDataset, Source
+
+TrainData = MultimodalDataset | MixedDataset
+
+
+def load_train(recipe: Recipe, processor: Any) -> TrainData:
+    """What the stages train on: the data set of one file, or a mixture of several.
+
+    Raises:
+        DataError: see `load_dataset`.
+    """
+    sources = [Source(**source.model_dump()) for source in recipe.data.sources]
+    dataset: TrainData
+    if len(sources) == 1 and sources[0].weight == 1:
+        dataset = load_file(sources[0], **_options(recipe, processor))
+    else:
+        dataset = load_dataset(sources, seed=recipe.seed, **_options(recipe, processor))
+    dataset.augment_with(recipe.data.augment, seed=recipe.seed)
+    return dataset
+
+
+def load_held_out(recipe: Recipe, processor: Any) -> MultimodalDataset | None:
+    """What is asked before and after; None where the recipe has no `data.eval`.
+
+    Raises:
+        DataError: see `load_dataset`.
+    """
+    sources = _held_out(recipe)
+    return load_file(Source(**sources[0].model_dump()), **_options(recipe, processor)) if sources else None
+
+
+def _held_out(recipe: Recipe) -> tuple[SourceConfig, ...]:
+    source = recipe.data.eval
+    if source is None:
+        return ()
+    return (source if isinstance(source, SourceConfig) else SourceConfig(path=source),)
+
+
+def _options(recipe: Recipe, processor: Any) -> dict[str, Any]:
+    data = recipe.data
+    return {
+        "media_root": data.media_root,
+        "processor": processor,
+        "max_length": data.max_length,
+        "limits": MediaLimits(**data.media.model_dump()),
+        "on_error": data.on_error,
+        "max_skipped": data.max_skipped,
+    }
+
+
+def check_media(recipe: Recipe, dataset: TrainData) -> None:
+    """Refuse a stage that trains only what carries media on data without any: it would learn nothing.
+
+    Raises:
+        RecipeError: names stage, parts and files.
+    """
+    files = _files(dataset)
+    if any(any(file.sample(index).media.values()) for file in files for index in range(len(file))):
+        return
+    for stage in recipe.stages:
+        if stage.train.get("language", "frozen") == "frozen":
+            parts = " and ".join(part for part, training in stage.train.items() if training != "frozen")
+            raise RecipeError(
+                f"stages.{stage.name}: it trains only {parts}, but no sample of "
+                f"{', '.join(str(file.path) for file in files)} has a picture; "
+                "train the language part, or give samples an `image`"
+            )
+
+
+def _files(dataset: TrainData) -> list[MultimodalDataset]:
+    return [part.dataset for part in dataset.parts] if isinstance(dataset, MixedDataset) else [dataset]
+
+
+def describe_data(recipe: Recipe, train: TrainData, held_out: MultimodalDataset | None) -> dict[str, Any]:
+    """What data.json says: of a mixture the whole, and each source.
+
+    {"train": {"file": "a.json, b.json", "samples": 30, …,
+               "sources": [{"name": "a", "weight": 2.0, "shown": 20, "file": "a.json", "samples": 10, …}, …]},
+     "eval": {"file": "c.json", "samples": 5, …}}
+    """
+    described = [_describe_file(recipe, held_out, source) for source in _held_out(recipe) if held_out is not None]
+    return {"train": _describe_train(recipe, train), "eval": described[0] if described else None}
+
+
+def _describe_train(recipe: Recipe, dataset: TrainData) -> dict[str, Any]:
+    if isinstance(dataset, MultimodalDataset):
+        return _describe_file(recipe, dataset, recipe.data.sources[0])
+    sources = [
+        {"name": part.name, "weight": part.weight, "shown": part.count, **_describe_file(recipe, part.dataset, source)}
+        for part, source in zip(dataset.parts, recipe.data.sources, strict=True)
+    ]
+    return {
+        "file": ", ".join(source["file"] for source in sources),
+        "samples": len(dataset),
+        "truncated": dataset.truncated,
+        "fingerprint": hash_value([[source["fingerprint"], source["weight"]] for source in sources]),
+        "skipped": [vars(skipped) for skipped in dataset.skipped],
+        "sources": sources,
+    }
+
+
+def _describe_file(recipe: Recipe, dataset: MultimodalDataset, source: SourceConfig) -> dict[str, Any]:
+    """Paths are as the recipe has them, since adapters are published with this."""
+    return {
+        "file": str(dataset.path),
+        "media_root": str(source.media_root or recipe.data.media_root or dataset.path.parent),
+        "samples": len(dataset),
+        "truncated": dataset.truncated,
+        "fingerprint": dataset.fingerprint,
+        "skipped": [vars(skipped) for skipped in dataset.skipped],
+    }
+
+
+def describe_sources(dataset: TrainData) -> list[dict[str, Any]]:
+    """The sources of a mixture for plan.json: name, weight, samples, and how many of them an epoch shows."""
+    if isinstance(dataset, MultimodalDataset):
+        return []
+    return [
+        {"name": part.name, "weight": part.weight, "samples": len(part.dataset), "shown": part.count}
+        for part in dataset.parts
+    ]

@@ -1,0 +1,105 @@
+"""The walk: each type in `AutoModelForImageTextToText` at tiny size, from its parts to a reloaded adapter.
+
+`python -m tests.families.walk` walks all of them and writes what was found to mmpeft/families/walked.json, which
+`mmpeft families` prints and tests/families/test_walk.py holds the library to. The reasons and notes in that file are
+written by hand and kept.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from mmpeft.core.errors import MMPeftError
+from mmpeft.families import catalogue
+from mmpeft.families.generic import inspect_parts
+from mmpeft.families.registry import FAMILIES, family_of
+from mmpeft.methods.attach import get_peft_model
+from mmpeft.methods.checkpoint import save_adapter
+from mmpeft.methods.plan import base_name
+from tests.families.inputs import inputs_of
+from tests.families.shrink import MODEL_TYPES, tiny_model
+
+FIRST_CLASS = {model_type for spec in FAMILIES for model_type in spec.model_types}
+
+TOLERANCE = 1e-5
+"""Largest difference of logits after reloading; most types give exactly the same."""
+
+
+def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Find parts, attach, take one step, save, reload in plain PEFT; every claim on the way is asserted.
+
+    Returns:
+        The step that was possible, and for a type without a file of facts what inspection found.
+    """
+    model = tiny_model(model_type)
+    base, spec = copy.deepcopy(model), family_of(model)
+    inputs = inputs_of(model)
+    if train is None:
+        train = {"language": {"r": 4}} | ({"projector": "full"} if spec.projector_leaves(model, spec) else {})
+    with torch.no_grad():
+        before = model(**inputs.batch)
+    adapted = get_peft_model(model, train)
+    fresh = adapted(**inputs.batch)
+    torch.testing.assert_close(fresh.logits, before.logits, rtol=0, atol=0)
+    fresh.loss.backward()
+    reached = {
+        spec.part_of(base_name(name))
+        for name, weight in adapted.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+    # Text alone says nothing to a projector; and nothing but what trains may have a gradient.
+    assert reached == set(train) - ({"projector"} if inputs.step == "text" else set()), reached
+    torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=1.0).step()
+    with torch.no_grad():
+        after = adapted(**inputs.batch)
+        assert after.loss.isfinite()
+        assert after.loss != before.loss
+        save_adapter(adapted, folder / "adapter")
+        again = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        torch.testing.assert_close(again(**inputs.batch).logits, after.logits, rtol=0, atol=TOLERANCE)
+    return {"step": inputs.step, **({} if model_type in FIRST_CLASS else found(model_type))}
+
+
+def found(model_type: str) -> dict[str, Any]:
+    """The parts of a type without a file of facts, as the catalogue holds them."""
+    inspection = inspect_parts(tiny_model(model_type))
+    return {
+        "parts": {part: list(paths) for part, paths in inspection.spec.parts.items()},
+        "found": dict(inspection.found),
+        "modalities": list(inspection.spec.modalities),
+    }
+
+
+def recorded_train(model_type: str, record: dict[str, Any]) -> dict[str, Any] | None:
+    """How the type trains where the catalogue says that modules have to be left out."""
+    if "exclude_modules" not in record:
+        return None
+    return {"projector": "full", "language": {"r": 4, "exclude_modules": record["exclude_modules"]}}
+
+
+def main() -> None:
+    """Write the table; a type that fails and has no reason yet gets the error as its reason, for a person to judge."""
+    table = catalogue.walked()
+    for model_type in MODEL_TYPES:
+        record = table.get(model_type, {})
+        kept = {key: value for key, value in record.items() if key in ("note", "exclude_modules", "reason")}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                kept = {**walk(model_type, Path(folder), recorded_train(model_type, record)), **kept}
+            kept.pop("reason", None)
+        except (MMPeftError, AssertionError, ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            kept.setdefault("reason", " ".join(str(error).split()))
+        sys.stderr.write(f"{model_type}: {kept.get('step') or kept['reason']}\n")
+        table[model_type] = kept
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(table[name], ensure_ascii=False)}" for name in MODEL_TYPES)
+    catalogue.WALKED.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
