@@ -1,6 +1,6 @@
 """Which samples share a step, the same on any number of processes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +25,32 @@ class GlobalBatchSampler(Sampler[list[int]]):
     The order is accelerate's `SeedableRandomSampler`: a permutation by torch's generator seeded with
     `seed + epoch`, so that one process sees what `transformers.Trainer` shows it.
 
+    With `media`, samples on the same media come together, up to a micro-batch of them: the first of them in the
+    shuffled order takes the others with it, and the order is otherwise what it was.
+
     Args:
         length: samples in the data set.
         micro: samples of one process that go through the model at once.
         accumulation: micro-batches of one process in a step.
         world, rank: number of processes, and which one this is.
         seed: of the shuffle; the epoch is added to it.
+        media: the media of sample i, for all i, as this epoch has them.
     """
 
-    def __init__(self, *, length: int, micro: int, accumulation: int, world: int, rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        length: int,
+        micro: int,
+        accumulation: int,
+        world: int,
+        rank: int,
+        seed: int,
+        media: Callable[[int], Hashable] | None = None,
+    ) -> None:
         self.length, self.micro, self.accumulation = length, micro, accumulation
         self.world, self.rank, self.seed, self.epoch = world, rank, seed, 0
+        self.media = media
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as epoch `epoch` (from 0) does."""
@@ -48,6 +63,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
+        if self.media is not None:
+            order = together(order, self.media, self.micro)
         width = self.micro * self.world
         for start in range(0, self.length, width):
             chunk = order[start : start + width]
@@ -55,6 +72,22 @@ class GlobalBatchSampler(Sampler[list[int]]):
             begin = self.rank * share + min(self.rank, extra)
             mine = chunk[begin : begin + share + (self.rank < extra)]
             yield mine or [-1 - chunk[0]]
+
+
+def together(order: Sequence[int], media: Callable[[int], Hashable], most: int) -> list[int]:
+    """The order with samples on the same media side by side, `most` of them at once.
+
+    order   a1 b1 c1 a2 b2 a3      most 2   ->   a1 a2 b1 b2 c1 a3
+
+    Samples whose media are empty stay where they are.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for sample in order:
+        key = media(sample)
+        places.setdefault(key or ("alone", sample), []).append(sample)
+    chunks = [samples[start : start + most] for samples in places.values() for start in range(0, len(samples), most)]
+    rank = {sample: place for place, sample in enumerate(order)}
+    return [sample for chunk in sorted(chunks, key=lambda chunk: rank[chunk[0]]) for sample in chunk]
 
 
 class BlankedDataset(Dataset[Mapping[str, Any]]):

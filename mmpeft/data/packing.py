@@ -154,7 +154,7 @@ def pick(packing: Packing, padded: torch.Tensor) -> torch.Tensor:
 
 
 class PackedCollator:
-    """A `data_collator` that makes one row of a batch, for a model under `use_tree_attention`.
+    """A `data_collator` that makes one row of a batch, for a model under `tree_attention_on`.
 
         input_ids       [1, row]         p p p p a a a b b c c c c
         position_ids    [1, row]         0 1 2 3 4 5 6 4 5 0 1 2 3

@@ -53,6 +53,7 @@ SPEC = FamilySpec(
     model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
     processors=("Qwen2_5OmniProcessor",),
     supervised_logits=False,
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "audio": ("model.audio_tower",),

@@ -11,6 +11,7 @@ SPEC = FamilySpec(
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
     processors=("Qwen2_5_VLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

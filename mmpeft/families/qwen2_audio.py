@@ -17,8 +17,6 @@ SPEC = FamilySpec(
         "projector": ("model.multi_modal_projector",),
         "language": ("model.language_model", "lm_head"),
     },
-    # It merges recordings into the text by itself, with a batch in mind.
-    packable=False,
     modalities=("audio",),
     cacheable=("audio",),
     note="A recording is cut at the feature extractor's chunk, 30 seconds.",

@@ -12,6 +12,7 @@ SPEC = FamilySpec(
     name="qwen2_vl",
     model_types=("qwen2_vl",),
     processors=("Qwen2VLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

@@ -16,8 +16,6 @@ SPEC = FamilySpec(
         "language": ("model.language_model", "lm_head"),
     },
     positions="media",
-    # Its linear layers carry a state from token to token, through a whole row.
-    packable=False,
     modalities=("image", "video"),
     boxes="thousandths",
     note=(

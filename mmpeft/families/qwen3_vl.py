@@ -12,6 +12,7 @@ SPEC = FamilySpec(
     name="qwen3_vl",
     model_types=("qwen3_vl",),
     processors=("Qwen3VLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),

@@ -95,7 +95,7 @@ class FamilySpec:
     supervised_logits: bool = True
     mixes_media: bool = True
     positions: Literal["sequence", "media"] = "sequence"
-    packable: bool = True
+    packable: bool = False
     boxes: BoxConvention = "fraction"
     cacheable: tuple[Part, ...] = field(default=("vision",))
     note: str = ""

@@ -3,14 +3,17 @@
 Every segment sees itself up to each token, and all of the segment that it stands on. It runs segment by segment through
 `scaled_dot_product_attention`, so that what is computed is what the samples need and nothing is masked out.
 
-`use_tree_attention` sets it up through transformers' own registries; a forward without `tree` runs as under "sdpa".
+`tree_attention_on` sets it up through transformers' own registries; a forward without `tree` runs as under "sdpa".
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -86,10 +89,21 @@ def _tree_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
-def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let the language model of `model` take rows of several samples (`tree=`); its towers stay as they are."""
+@contextlib.contextmanager
+def tree_attention_on(model: Any) -> Iterator[None]:
+    """Let the language model of `model` take rows of several samples (`tree=`); its towers stay as they are.
+
+    Args:
+        model: a transformers model, or a `PeftModel` around one.
+    """
     AttentionInterface.register(NAME, tree_attention)
     AttentionMaskInterface.register(NAME, _tree_mask)
-    text = model.config.get_text_config()
-    own = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
-    model.set_attn_implementation(NAME if own is None else {own: NAME})
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    text = base.config.get_text_config()
+    key = next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), "")
+    before = text._attn_implementation
+    base.set_attn_implementation({key: NAME})
+    try:
+        yield
+    finally:
+        base.set_attn_implementation({key: before})

@@ -1,5 +1,6 @@
 """`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
+from mmpeft.core.tree import Tree
 from mmpeft.core.types import Part
 from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler
+from mmpeft.data.packing import PackedCollator
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
+from mmpeft.models.positions import with_positions
+from mmpeft.models.tree_attention import tree_attention_on
 from mmpeft.training.parts import parameter_groups, rates_now
 
 
@@ -30,14 +35,22 @@ class MultimodalTrainer(Trainer):
 
     Args:
         learning_rates: peak learning rate by part; default: `args.learning_rate` for all that trains.
+        share_media: bring samples on the same media together, for a `PackedCollator` to share what they begin with;
+            the data set needs `sample(index)`, as `MultimodalDataset` has.
         *args, **kwargs: those of `transformers.Trainer`.
 
     Raises:
         RecipeError: label smoothing, with a collator that keeps the logits of supervised positions only.
     """
 
-    def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any) -> None:
-        self.learning_rates = learning_rates
+    def __init__(
+        self,
+        *args: Any,
+        learning_rates: Mapping[Part, float] | None = None,
+        share_media: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.learning_rates, self.share_media = learning_rates, share_media
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
@@ -48,7 +61,8 @@ class MultimodalTrainer(Trainer):
         self._samples = 0
         self._window_start = time.perf_counter()
         self._window_tokens = self._window_samples = 0
-        self.tokens_trained = self.samples_trained = 0
+        self._row_tokens = 0
+        self.tokens_trained = self.samples_trained = self.tokens_computed = 0
         self.add_callback(_EpochOfData(self.train_dataset))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -67,9 +81,9 @@ class MultimodalTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own on one process; on several, one whose global batches are the same as on one."""
+        """The Trainer's own on one process that shares no media; else one whose global batches are those of one."""
         dataset: Any = self.train_dataset
-        if self.args.world_size == 1 or not hasattr(dataset, "__len__"):
+        if not hasattr(dataset, "__len__") or (self.args.world_size == 1 and not self.share_media):
             return super().get_train_dataloader()
         sampler = GlobalBatchSampler(
             length=len(dataset),
@@ -78,6 +92,7 @@ class MultimodalTrainer(Trainer):
             world=self.args.world_size,
             rank=self.args.process_index,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            media=(lambda index: tuple(dataset.sample(index).media.values())) if self.share_media else None,
         )
         return _EpochLoader(
             BlankedDataset(dataset),
@@ -91,15 +106,21 @@ class MultimodalTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
-        self._samples += len(inputs["input_ids"])
-        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        tree: Tree | None = inputs.get("tree")
+        self._samples += tree.samples if tree else len(inputs["input_ids"])
+        self._tokens = self._tokens + (tree.tokens if tree else inputs["attention_mask"].sum())
+        self._row_tokens += inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, on a packed row with the positions that the family gives it."""
+        return super().compute_loss(model, with_positions(self.model, inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with speed and memory since the last time and the learning rate of each part."""
         if "loss" in logs:
             now = time.perf_counter()
-            samples, tokens = self._count()
+            samples, tokens, _ = self._count()
             seconds = max(now - self._window_start, 1e-9)
             logs["samples_per_second"] = (samples - self._window_samples) / seconds
             logs["tokens_per_second"] = (tokens - self._window_tokens) / seconds
@@ -115,18 +136,22 @@ class MultimodalTrainer(Trainer):
         self._window_start = time.perf_counter()
         model: Any = self.model
         hook = model.register_forward_hook(_reach_what_trains)
+        packs = isinstance(self.data_collator, PackedCollator)
         try:
-            result = super().train(*args, **kwargs)
+            with tree_attention_on(model) if packs else contextlib.nullcontext():
+                result = super().train(*args, **kwargs)
         finally:
             hook.remove()
-        self.samples_trained, self.tokens_trained = self._count()
+        self.samples_trained, self.tokens_trained, self.tokens_computed = self._count()
         return result
 
-    def _count(self) -> tuple[int, int]:
-        """Samples and tokens so far, of all processes."""
-        counts = torch.tensor([float(self._samples), float(self._tokens)], device=self.args.device)
-        samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return int(samples), int(tokens)
+    def _count(self) -> tuple[int, int, int]:
+        """Samples and their tokens so far, and tokens that went through the model, of all processes."""
+        counts = torch.tensor(
+            [float(self._samples), float(self._tokens), float(self._row_tokens)], device=self.args.device
+        )
+        samples, tokens, computed = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return int(samples), int(tokens), int(computed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint; where that fails, remove what there is of it and say why.

@@ -10,7 +10,7 @@ from mmpeft.data.types import Media
 from mmpeft.families.registry import family_of
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.models.positions import with_positions
-from mmpeft.models.tree_attention import use_tree_attention
+from mmpeft.models.tree_attention import tree_attention_on
 from tests.families.models import MODELS, SINGLE_TURN
 from tests.families.samples import SIZES, picture, sample_of
 from tests.families.test_adapters import LORA, PROJECTOR, scattered
@@ -55,14 +55,14 @@ def test_loss_and_gradients_are_those_of_the_samples_one_by_one(family, share):
     rows = rows_of(family, processor)
     adapted = scattered(get_peft_model(model, {**PROJECTOR, **LORA})).eval()
     loss, expected = one_by_one(adapted, processor, rows)
-    use_tree_attention(adapted.get_base_model())
     batch = PackedCollator(processor, share=share)(rows)
     assert batch["input_ids"].shape[0] == 1
     lengths = sum(len(row["input_ids"]) for row in rows)
     assert (batch["input_ids"].shape[1] < lengths) == (share and family != "paligemma")
     adapted.zero_grad()
-    found = adapted(**with_positions(adapted, batch)).loss
-    found.backward()
+    with tree_attention_on(adapted):
+        found = adapted(**with_positions(adapted, batch)).loss
+        found.backward()
     torch.testing.assert_close(found.item(), loss, rtol=1e-5, atol=1e-6)
     packed = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
     assert packed.keys() == expected.keys()

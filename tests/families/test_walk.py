@@ -28,6 +28,7 @@ REFUSALS = {
 }
 """How the types fail that the table calls not supported; one that starts to work fails its test, and gets a step."""
 
+
 def types(names):
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
