@@ -1,4 +1,4 @@
-"""`mmpeft data check PATH` and `mmpeft data show PATH`."""
+"""`mmpeft data check PATH` and `mmpeft data show PATH`; `convert` is mounted beside them."""
 
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mmpeft.cli.convert import convert
 from mmpeft.cli.output import EXIT_DATA, JsonOption, err, human, print_json
+from mmpeft.cli.sources import ColumnOption, QuestionOption, SourceArgument, column_map
 from mmpeft.core.lazy import LazyModule
 
 augmenting = LazyModule("mmpeft.data.augment")
@@ -23,15 +24,13 @@ views = LazyModule("mmpeft.data.tokens_view")
 showing = LazyModule("mmpeft.data.show")
 
 app = typer.Typer(no_args_is_help=True)
-app.command()(convert)
 
-PathArgument = Annotated[Path, typer.Argument(help="Data file: LLaVA JSON or JSONL.")]
-RootOption = Annotated[Path | None, typer.Option(help="Folder of the pictures; default: the file's own.")]
+RootOption = Annotated[Path | None, typer.Option(help="Folder of the media; default: the source's own.")]
 
 
 @app.command()
 def check(
-    path: PathArgument,
+    path: SourceArgument,
     media_root: RootOption = None,
     held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out file: report what stands in both.")] = None,
     model: Annotated[str | None, typer.Option(help="Measure lengths with this model's processor.")] = None,
@@ -41,18 +40,21 @@ def check(
     fix: Annotated[
         Path | None, typer.Option(help="Write a mended copy here, and its list of changes beside it.")
     ] = None,
+    column: ColumnOption = None,
+    question: QuestionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every row and decode every medium; exit status 3 if anything cannot be used."""
+    said: dict[str, Any] = {"columns": column_map(column), "question": question}
     processor = loading.load_processor(model) if model else None
-    columns = (
+    bars = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=as_json or not err.is_terminal) as progress:
+    with Progress(*bars, console=err, transient=True, disable=as_json or not err.is_terminal) as progress:
         task = progress.add_task("checking", total=checks.count_lines(path) if err.is_terminal else None)
         report = checks.check_data(
             path,
@@ -63,8 +65,9 @@ def check(
             open_media=media,
             workers=workers,
             on_progress=lambda done, line: progress.update(task, completed=line, description=f"{done} rows checked"),
+            **said,
         )
-    changes = mending.mend_data(path, fix, media_root, open_media=media) if fix else []
+    changes = mending.mend_data(path, fix, media_root, open_media=media, **said) if fix else []
     if as_json:
         print_json({"file": str(path), **asdict(report), **({"changes": len(changes)} if fix else {})})
     else:
@@ -77,6 +80,8 @@ def check(
 
 
 def _show_report(console: Console, report: Any) -> None:
+    if report.source:
+        console.print(str(report.source), markup=False, soft_wrap=True)
     kinds = ", ".join(f"{name or 'no kind'}: {count}" for name, count in report.kinds.items())
     media = f"{report.pictures} pictures" + "".join(
         f", {count} {word}" for count, word in ((report.videos, "videos"), (report.audios, "recordings")) if count
@@ -85,6 +90,9 @@ def _show_report(console: Console, report: Any) -> None:
         f"{report.samples} samples ({kinds or 'none'}), {media}, {report.turns} turns",
         markup=False,
     )
+    if report.boxes:
+        written = f", written as {report.convention}" if report.convention else ""
+        console.print(f"{report.boxes} boxes and points{written}", soft_wrap=True)
     if report.lengths:
         figures = ", ".join(f"{name} {value:,}" for name, value in report.lengths.items() if name != "unit")
         console.print(f"length in {report.lengths['unit']}: {figures}")
@@ -103,7 +111,7 @@ def _show_report(console: Console, report: Any) -> None:
 
 @app.command()
 def show(
-    path: PathArgument,
+    path: SourceArgument,
     media_root: RootOption = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many samples.")] = 3,
     model: Annotated[str | None, typer.Option(help="Show the tokens that this model sees.")] = None,
@@ -112,13 +120,16 @@ def show(
         Path | None, typer.Option(help="Show samples varied, too: a recipe, or a YAML file of its data.augment.")
     ] = None,
     epoch: Annotated[int, typer.Option(min=0, help="The epoch, from 0, that --augment shows.")] = 0,
+    column: ColumnOption = None,
+    question: QuestionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the first samples as turns, or, with --model, as the tokens that the model sees."""
+    said: dict[str, Any] = {"columns": column_map(column), "question": question}
     if model or html or augment:
         vary = _variation(augment, epoch)
         processor = loading.load_processor(model) if model else None
-        samples = list(islice(views.view_samples(path, processor, media_root, vary=vary), count))
+        samples = list(islice(views.view_samples(path, processor, media_root, vary=vary, **said), count))
         if html:
             showing.write_page(html, str(path), samples, epoch=epoch if augment else None)
         if as_json:
@@ -126,7 +137,7 @@ def show(
         else:
             _show_pieces(human(as_json), samples, epoch)
         return
-    samples = list(islice(showing.describe_samples(path, media_root), count))
+    samples = list(islice(showing.describe_samples(path, media_root, **said), count))
     if as_json:
         print_json({"file": str(path), "samples": samples})
         return
@@ -189,3 +200,6 @@ def _print_pieces(console: Console, view: dict[str, Any]) -> None:
     console.print(Text.assemble(*pieces), soft_wrap=True)
     if "convention" in view:
         console.print(Text(f"  boxes are written as {view['convention']}"), soft_wrap=True)
+
+
+app.command()(convert)

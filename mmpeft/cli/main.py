@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from mmpeft import __version__
-from mmpeft.cli import answers, data, doctor, plan, quickstart, recipes, run
+from mmpeft.cli import answers, data, doctor, families, plan, quickstart, recipes, run
 from mmpeft.cli.output import EXIT_DATA, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err
 from mmpeft.core.errors import DataError, MMPeftError, RecipeError, RunInterrupted
 
@@ -28,6 +28,7 @@ app.command("plan")(plan.plan)
 app.command("evaluate")(answers.evaluate)
 app.command("generate")(answers.generate)
 app.command("doctor")(doctor.doctor)
+app.command("families")(families.families)
 app.add_typer(data.app, name="data", help="Look at data before training on it.")
 app.add_typer(recipes.app, name="recipes", help="The recipes that come with mmpeft.")
 

@@ -27,8 +27,9 @@ def plan(
     console = human(as_json)
     for stage in stages:
         batch = stage["batch"]
+        samples = "samples as they are read" if stage["samples"] is None else f"{stage['samples']} samples"
         console.print(
-            f"[bold]{stage['name']}[/bold]: {stage['samples']} samples, {stage['steps']} steps of {batch['size']} "
+            f"[bold]{stage['name']}[/bold]: {samples}, {stage['steps']} steps of {batch['size']} "
             f"({batch['micro']} at once, {batch['accumulation']} accumulated, {batch['processes']} process(es))",
             soft_wrap=True,
         )

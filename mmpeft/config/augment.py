@@ -26,6 +26,10 @@ def _range(value: Any, least: float, most: float, wanted: str) -> Any:
     return value
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 class CropConfig(Block):
     """Cut a part out of each picture and film; boxes stay whole and move with it."""
 
@@ -74,9 +78,14 @@ class FlipConfig(Block):
     """What is done with a sample whose text names a side: it is left as it is, or left and right change places."""
     words: dict[str, str | None] = Field(default_factory=dict)
     """Words beside the English ones that name a side, with their opposites: `{links: rechts, ostwärts: null}`; with a
-    word that has none a sample is always left as it is."""
+    word that has none, or of a plain list, a sample is always left as it is."""
     except_kinds: tuple[str, ...] = ()
     """Samples of these kinds, such as those that read text or digits, are left as they are."""
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _listed_words(cls, value: Any) -> Any:
+        return dict.fromkeys(value) if isinstance(value, list | tuple) and all(map(_is_text, value)) else value
 
     @field_validator("words", mode="after")
     @classmethod
@@ -133,7 +142,8 @@ def _groups(value: Any) -> Iterator[tuple[list[str], list[Any]]]:
         for key, texts in value.items():
             if not isinstance(key, str) or not isinstance(texts, list | tuple) or not texts:
                 raise _wrong(f"found {key!r}: {texts!r}; expected a text and a list of alternatives")
-            yield [key], [key, *texts]
+            # In their order where the text is among them, so that a table that was written is read back as it was.
+            yield [key], list(texts) if key in texts else [key, *texts]
     elif isinstance(value, list | tuple):
         for texts in value:
             if (

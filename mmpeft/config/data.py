@@ -85,6 +85,10 @@ class DataConfig(Block):
     """How training samples are varied from epoch to epoch; held-out samples never are. Default: not at all."""
     workers: int = Field(default=0, ge=0)
     """Processes that open pictures ahead of training; 0 opens them in the training process."""
+    streaming: bool = False
+    """Read `train` while training instead of before, for what is too large to be read first; needs `max_steps`."""
+    shuffle_buffer: int = Field(default=10_000, ge=1)
+    """With `streaming`, rows among which the next one is drawn; 1 keeps the file's order."""
 
     @field_validator("train", mode="before")
     @classmethod

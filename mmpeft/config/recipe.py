@@ -204,6 +204,30 @@ class Recipe(Block):
         raise_all([("stages", f"the name {name!r} is taken; give each stage its own") for name in sorted(repeated)])
         return self
 
+    @model_validator(mode="after")
+    def _streams_have_an_end(self) -> "Recipe":
+        if not self.data.streaming:
+            return self
+        problems = [
+            (
+                f"stages.{stage.name}.max_steps",
+                "missing; data.streaming does not know how many samples there are: say how many steps the stage takes",
+            )
+            for stage in self.stages
+            if stage.max_steps is None
+        ]
+        sources = self.data.sources
+        if len(sources) > 1 or sources[0].weight != 1:
+            problems.append(
+                (
+                    "data.train",
+                    f"found {len(sources)} source(s) with weights; data.streaming takes one without, since a weight is "
+                    "of a source's length: join the files, or leave streaming out",
+                )
+            )
+        raise_all(problems)
+        return self
+
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> "Recipe":
         """Read a recipe file; `overrides` are `key=value` strings as `--set` takes them.

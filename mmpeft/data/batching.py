@@ -1,12 +1,15 @@
 """Which samples share a step, the same on any number of processes."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.data.encode import Encoded
+from mmpeft.data.stream import Place, StreamingDataset, Taken
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -34,7 +37,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         accumulation: micro-batches of one process in a step.
         world, rank: number of processes, and which one this is.
         seed: of the shuffle; the epoch is added to it.
-        media: the media of sample i, for all i, as this epoch has them.
+        shuffle: False takes samples in the order of the data set.
+        media: for a sample a value that those on the same media have in common; a false one for none.
     """
 
     def __init__(
@@ -46,11 +50,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         world: int,
         rank: int,
         seed: int,
+        shuffle: bool = True,
         media: Callable[[int], Hashable] | None = None,
     ) -> None:
         self.length, self.micro, self.accumulation = length, micro, accumulation
         self.world, self.rank, self.seed, self.epoch = world, rank, seed, 0
-        self.media = media
+        self.shuffle, self.media = shuffle, media
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as epoch `epoch` (from 0) does."""
@@ -61,17 +66,98 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return whole * self.accumulation + -(-rest // (self.micro * self.world))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
+        order = list(range(self.length))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.length, generator=generator).tolist()
         if self.media is not None:
             order = together(order, self.media, self.micro)
         width = self.micro * self.world
         for start in range(0, self.length, width):
             chunk = order[start : start + width]
-            share, extra = divmod(len(chunk), self.world)
-            begin = self.rank * share + min(self.rank, extra)
-            mine = chunk[begin : begin + share + (self.rank < extra)]
-            yield mine or [-1 - chunk[0]]
+            yield _share(chunk, self.world, self.rank) or [-1 - chunk[0]]
+
+
+class StreamBatchSampler(Sampler[list[Place]]):
+    """Micro-batches of one process out of a stream, cut as `GlobalBatchSampler` cuts an epoch in file order.
+
+    It goes over the stream again and again until it has enough steps. The last global batch of an epoch may be
+    smaller; micro-batches that this leaves without a sample are blanks, so that each step has as many:
+
+        10 samples, steps of 8, two processes, micro-batches of 2
+        process 0    a b    e f  |  i    (i)  |  …
+        process 1    c d    g h  |  j    (i)  |
+
+    Where rows lie is found out here, in the training process; reading them is left to the loader's workers. So
+    going on from a checkpoint means passing over places, not over samples.
+
+    Args:
+        stream: where the rows come from.
+        steps: optimizer steps.
+        micro, accumulation, world, rank: as in `GlobalBatchSampler`.
+
+    Attributes:
+        rows: rows of an epoch; None until one has ended.
+    """
+
+    def __init__(
+        self, stream: StreamingDataset, *, steps: int, micro: int, accumulation: int, world: int, rank: int
+    ) -> None:
+        self.stream, self.steps = stream, steps
+        self.micro, self.accumulation, self.world, self.rank = micro, accumulation, world, rank
+        self.rows: int | None = None
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        width = self.micro * self.world
+        left, epoch = self.steps, 0
+        while left:
+            places, rows = self.stream.places(epoch), 0
+            while left and (batch := list(islice(places, width * self.accumulation))):
+                rows += len(batch)
+                left -= 1
+                for start in range(0, width * self.accumulation, width):
+                    mine = _share(batch[start : start + width], self.world, self.rank)
+                    yield mine or [batch[0]._replace(blank=True)]
+            if next(places, None) is None:
+                self.rows = rows
+            epoch += 1
+
+
+class StreamedRows(Dataset[Any]):
+    """A stream as a data set whose indices are lists of `Place`: what a loader's workers read from."""
+
+    def __init__(self, stream: StreamingDataset) -> None:
+        self.stream = stream
+
+    def __getitem__(self, place: Place) -> Encoded:
+        return self.stream.take([place])[0]
+
+    def __getitems__(self, places: Sequence[Place]) -> Taken:
+        """One micro-batch, in one go."""
+        return self.stream.take(places)
+
+
+class StreamCollator:
+    """Another collator, whose batch also names the samples that were left out, where there are any."""
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        """The micro-batch; of a `Taken` that left samples out also `skipped`, a tuple of `SkippedSample`."""
+        batch = dict(self.collator(samples))
+        skipped = samples.skipped if isinstance(samples, Taken) else ()
+        return {**batch, "skipped": skipped} if skipped else batch
+
+
+def _share(chunk: Sequence[Any], world: int, rank: int) -> list[Any]:
+    """What process `rank` has of samples that are dealt out evenly."""
+    share, extra = divmod(len(chunk), world)
+    begin = rank * share + min(rank, extra)
+    return list(chunk[begin : begin + share + (rank < extra)])
 
 
 def together(order: Sequence[int], media: Callable[[int], Hashable], most: int) -> list[int]:

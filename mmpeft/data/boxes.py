@@ -9,7 +9,7 @@ import math
 import re
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.types import Box
+from mmpeft.data.types import BOX_PLACEHOLDER, Box, Role, Sample
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 BRACKETS = re.compile(rf"[\[(]{NUMBER},{NUMBER}(?:,{NUMBER},{NUMBER})?[\])]")
@@ -18,12 +18,25 @@ BRACKETS = re.compile(rf"[\[(]{NUMBER},{NUMBER}(?:,{NUMBER},{NUMBER})?[\])]")
 LOCATIONS = re.compile(r"<loc(\d{4})><loc(\d{4})>(?:<loc(\d{4})><loc(\d{4})>)?")
 """The same as PaliGemma's location tokens."""
 
+_OTHERS = re.compile(r"""<loc_\d+>|<patch_index_\d+>|\bx1?=["']?\d|\bx1?["']?:\s*["']?\d""")
+"""How other models write places: Florence-2, Kosmos-2, Molmo's `<point x="61.5" y="40.4">`, JSON of x and y."""
+
 _TOLERANCE = 1e-6
 
 
 def holds_places(text: str) -> bool:
     """Whether a text holds what looks like a box or a point written as numbers, which no crop or flip could move."""
-    return bool(BRACKETS.search(text) or LOCATIONS.search(text))
+    return any(pattern.search(text) for pattern in (BRACKETS, LOCATIONS, _OTHERS))
+
+
+def boxes_said(sample: Sample, role: Role) -> str:
+    """The boxes in the turns of `role`, as one text: what tells samples apart whose texts are alike but for them."""
+    boxes, said = list(sample.boxes), []
+    for turn in sample.turns if boxes else ():
+        count = turn.text.count(BOX_PLACEHOLDER)
+        said += [f"{box.values} {box.picture} {box.unit}" for box in boxes[:count] if turn.role == role]
+        del boxes[:count]
+    return " ".join(said)
 
 
 def check_values(box: Box) -> None:

@@ -3,7 +3,7 @@
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import numpy as np
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.lazy import LazyModule
+from mmpeft.data.boxes import boxes_said
 from mmpeft.data.checks.balance import Balance
 from mmpeft.data.checks.opened import Found, Opened, Seen
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, print_of
 from mmpeft.data.embedded import shown
-from mmpeft.data.formats import Row, read_rows
-from mmpeft.data.load_media import MediaLimits
+from mmpeft.data.formats import Description, Row, describe, read_rows, source_root
+from mmpeft.data.load_media import MediaLimits, placed
 from mmpeft.data.pictures import Medium, media_names
 from mmpeft.data.problems import LISTED, Problem, shorten
 from mmpeft.data.types import WORDS, Sample
@@ -61,6 +62,9 @@ class Report:
         lengths: `unit` ("tokens" or "characters"), `min`, `median`, `p95`, `max` of the usable samples, and `cut`,
             how many are longer than `max_length`; empty without samples.
         answers: the most frequent short answers.
+        boxes: boxes and points of the usable rows, looked for in their pictures where these were opened.
+        convention: how the model's family writes them; "" without a model, or without boxes.
+        source: what was checked, and why it is read so; None if it cannot be read at all.
     """
 
     samples: int = 0
@@ -76,6 +80,9 @@ class Report:
     warning_count: int = 0
     lengths: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)
+    boxes: int = 0
+    convention: str = ""
+    source: Description | None = None
 
     def error(self, kind: str, message: str) -> None:
         """Count an error, and keep it among the first of its kind."""
@@ -104,33 +111,37 @@ def check_data(
     limits: MediaLimits | None = None,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
 ) -> Report:
-    """Check every row of a data file and decode every medium; memory stays far below the file's size.
+    """Check every row of a data source and decode every medium; memory stays far below the file's size.
 
     Nothing is raised for bad data: a file that cannot be read at all is an error of the report.
 
     Args:
-        path: the data file.
-        media_root: folder that picture paths are relative to; default: each file's own.
-        eval_path: a held-out file; what stands in both is an error, pictures that look alike are a warning.
+        path: the data source (see `mmpeft.data.formats.read_rows`).
+        media_root: folder that media paths are relative to; default: each source's own.
+        eval_path: a held-out source; what stands in both is an error, pictures that look alike are a warning.
         processor: measures lengths in tokens, and its chat template and control tokens are checked.
         max_length: longest row in tokens (characters without a processor); longer ones are counted.
         open_media: decode media; without it their files are not looked for.
         limits: how much of each medium training decodes; default: `MediaLimits()`.
         workers: threads that decode; default: one a core, 8 at most.
         on_progress: called with the number of rows done and the line that the last of them begins in.
+        columns, question: as `read_rows`, for both sources.
     """
     path = Path(path)
     root = Path(media_root) if media_root is not None else None
     held_out = _HeldOut(open_media, limits, workers) if eval_path is not None else None
-    report = Report()
-    media = Opened(root or path.parent, limits=limits, workers=workers)
+    report = Report(source=_described(path, columns, question))
+    own = Path(report.source.root) if report.source else path.parent
+    media = Opened(root or own, limits=limits, workers=workers)
     check = _Check(path, report, media, held_out, processor, max_length)
     done = 0
     try:
         if held_out is not None and eval_path is not None:
-            held_out.read(Path(eval_path), root)
-        for window, new in media.windows(read_rows(path), opened=open_media):
+            held_out.read(Path(eval_path), root, columns, question)
+        for window, new in media.windows(read_rows(path, columns=columns, question=question), opened=open_media):
             check.looks(new)
             for row in window:
                 check.row(row)
@@ -141,6 +152,14 @@ def check_data(
         report.error("file", str(error))
     check.finish()
     return report
+
+
+def _described(path: Path, columns: Mapping[str, str] | None, question: str | None) -> Description | None:
+    try:
+        return describe(path, columns=columns, question=question)
+    # Reading the rows raises it again, where it becomes an error of the report.
+    except DataError:
+        return None
 
 
 def count_lines(path: Path) -> int | None:
@@ -167,10 +186,11 @@ class _HeldOut:
         self.questions, self.near = PlaceTable(), NearTable()
         self.path = Path()
 
-    def read(self, path: Path, root: Path | None) -> None:
+    def read(self, path: Path, root: Path | None, columns: Mapping[str, str] | None, question: str | None) -> None:
         self.path = path
-        media = Opened(root or path.parent, limits=self.limits, workers=self.workers)
-        for window, new in media.windows(read_rows(path), opened=self.opened):
+        media = Opened(root or source_root(path), limits=self.limits, workers=self.workers)
+        rows = read_rows(path, columns=columns, question=question)
+        for window, new in media.windows(rows, opened=self.opened):
             for medium in new:
                 seen = media.get(medium)
                 if isinstance(seen, Seen) and seen.look is not None:
@@ -188,7 +208,7 @@ def _media(sample: Sample, media: Opened) -> list[str]:
 def _question(sample: Sample, media: Opened) -> int:
     """A print of the media and of what the user says, letters' case and white space aside."""
     asked = [" ".join(turn.text.lower().split()) for turn in sample.turns if turn.role == "user"]
-    return print_of(*asked, *_media(sample, media))
+    return print_of(*asked, *_media(sample, media), *filter(None, [boxes_said(sample, "user")]))
 
 
 class _Check:
@@ -251,6 +271,13 @@ class _Check:
             reasons = "; ".join(reason for _, reason in faults[:LISTED])
             self.report.error(WORDS[faults[0][0]], f"{where}: {reasons}{more}")
             return
+        if sample.boxes and None not in media:
+            try:
+                placed(sample, root=self.media.root, limits=self.media.limits)
+            except DataError as error:
+                self.report.error("box", f"{where}: {error}")
+                return
+        self.report.boxes += len(sample.boxes)
         for note in self.media.notes(sample):
             self.report.warn(note.kind, f"{where}: {note.text}")
         try:
@@ -274,7 +301,8 @@ class _Check:
         if first := self.ids.first(print_of(sample.id), place):
             self.report.warn("same id", f"{where}: the same id as {first}")
         names = (*sample.images, *sample.videos, *sample.audios)
-        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names)
+        boxes = map(repr, sample.boxes)
+        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names, *boxes)
         if first := self.conversations.first(said, place):
             self.report.warn("duplicate", f"{where}: the same pictures and conversation as {first}")
         if self.held_out and (held := self.held_out.questions.get(_question(sample, self.media))):
@@ -285,6 +313,9 @@ class _Check:
     def _length(self, sample: Sample, media: Sequence[Found | None]) -> int:
         if self.processor is None:
             return sum(len(turn.text) for turn in sample.turns)
+        if sample.boxes and None not in media:
+            self.report.convention = lengths.box_convention(self.processor)
+            sample = lengths.spelt_out(self.processor, sample, root=self.media.root, limits=self.media.limits)
         return int(lengths.token_length(self.processor, sample, media))
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,19 @@ from torch.utils.data import Dataset
 from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
-from mmpeft.data.augment import Augmentation, AugmentSettings, augment, augmentation_of
-from mmpeft.data.box_text import spelt_out
-from mmpeft.data.chat import check_texts
-from mmpeft.data.encode import Encoded, encode_sample
+from mmpeft.data.augment import Augmentation, AugmentSettings
+from mmpeft.data.box_text import box_convention, spelt_out
+from mmpeft.data.encode import Encoded
 from mmpeft.data.formats import source_root
-from mmpeft.data.load_media import MediaLimits, load_media, placed
+from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
+from mmpeft.data.prepare import Preparation
 from mmpeft.data.problems import LISTED, Problem, problems_error
-from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample, Turn
+from mmpeft.data.stream import SHUFFLE_BUFFER, StreamingDataset
+from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
+from mmpeft.families.spec import BoxConvention
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class MultimodalDataset(Dataset[Encoded]):
         fingerprint: SHA-256 (hex) of the data file's bytes, and of the column map and question where they were given.
         skipped: the samples that were left out, and why; empty under `on_error="error"`.
         truncated: how many samples are longer than `max_length` and lose their tail.
-        augmentation: how samples are varied (see `augment_with`); None if they are not.
+        boxes: how boxes and points are written, by the model's family; None where the file has none.
     """
 
     def __init__(
@@ -57,18 +60,26 @@ class MultimodalDataset(Dataset[Encoded]):
         fingerprint: str,
         skipped: Sequence[SkippedSample],
         truncated: int,
+        boxes: BoxConvention | None = None,
     ) -> None:
-        self._rows, self._processor = rows, processor
-        self._max_length, self.limits = max_length, limits
-        self.path, self.media_root, self.fingerprint = path, media_root, fingerprint
+        self.boxes = boxes
+        self._rows = rows
+        self._media_keys: array[int] | None = None
+        self._prepare = Preparation(
+            processor=processor, path=path, media_root=media_root, limits=limits, max_length=max_length
+        )
+        self.path, self.media_root, self.limits, self.fingerprint = path, media_root, limits, fingerprint
         self.skipped, self.truncated = list(skipped), truncated
-        self.augmentation: Augmentation | None = None
-        self._augment_seed = 0
         # Shared memory, so that a loader's workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """How samples are varied (see `augment_with`); None if they are not."""
+        return self._prepare.augmentation
 
     @property
     def epoch(self) -> int:
@@ -89,10 +100,7 @@ class MultimodalDataset(Dataset[Encoded]):
         Raises:
             RecipeError, DataError: as `augmentation_of`; or an alternative text holds a control token of the model.
         """
-        augmentation = augmentation_of(settings)
-        for options in augmentation.paraphrases.values() if augmentation is not None else ():
-            check_texts(self._processor, [Turn(role="user", text=option) for option in options])
-        self.augmentation, self._augment_seed = augmentation, seed
+        self._prepare.augment_with(settings, seed=seed)
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.
@@ -100,16 +108,19 @@ class MultimodalDataset(Dataset[Encoded]):
         Raises:
             DataError: its media cannot be decoded: names file, line, sample and reason.
         """
-        sample = self.sample(index)
-        try:
-            media = load_media(sample, root=self.media_root, limits=self.limits)
-            sample = placed(sample, root=self.media_root, limits=self.limits)
-            if self.augmentation is not None:
-                sample, media = augment(sample, media, self.augmentation, seed=self._augment_seed, epoch=self.epoch)
-            return encode_sample(self._processor, sample, media, self._max_length)
-        except DataError as error:
-            problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
-            raise DataError(problem.located(self.path)) from error
+        return self.encoded(index, epoch=self.epoch)
+
+    def encoded(self, index: int, *, epoch: int) -> Encoded:
+        """Sample `index` as epoch `epoch` (from 0) has it, whichever it is now; errors as `dataset[index]`."""
+        return self._prepare(self.sample(index), epoch=epoch)
+
+    def media_key(self, index: int) -> int:
+        """A number that samples on the same media have in common; 0 for one without any."""
+        if self._media_keys is None:
+            columns = zip(*(self._rows[name] for name in ("images", "videos", "audios")), strict=True)
+            named = [tuple(map(tuple, row)) for row in columns]
+            self._media_keys = array("q", [hash(row) or 1 if any(row) else 0 for row in named])
+        return self._media_keys[index]
 
     def sample(self, index: int) -> Sample:
         """Sample `index` as it stands in the file; no picture is opened."""
@@ -123,7 +134,7 @@ class MultimodalDataset(Dataset[Encoded]):
         Boxes stand in prompts and references as the model's family writes them.
         """
         samples = (
-            spelt_out(self._processor, _sample_of(record), root=self.media_root, limits=self.limits)
+            spelt_out(self._prepare.processor, _sample_of(record), root=self.media_root, limits=self.limits)
             for record in self._rows
         )
         return [question for sample in samples for question in questions_of(sample)]
@@ -171,8 +182,10 @@ def load_dataset(
     limits: MediaLimits | None = None,
     columns: Mapping[str, str] | None = None,
     question: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int = SHUFFLE_BUFFER,
     seed: int = 0,
-) -> MultimodalDataset | MixedDataset:
+) -> MultimodalDataset | MixedDataset | StreamingDataset:
     """Samples in any format that is known, or several sources with weights, as what `transformers.Trainer` takes.
 
     Args:
@@ -191,13 +204,26 @@ def load_dataset(
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
         columns: the source's own names of columns, by ours: `{"question": "frage", "answer": "antwort"}`.
         question: the question of samples that have none, such as pictures with captions.
-        seed: which samples of a source with a weight come up when; of a list only.
+        streaming: read rows while training instead of before, for what is too large to be read twice; of one source,
+            whose length is not known then: see `StreamingDataset`.
+        shuffle_buffer: rows among which a stream's next one is drawn; 1 keeps the file's order.
+        seed: which samples of a source with a weight come up when, and the order of a stream.
 
     Raises:
         DataError: samples that cannot be used, listed together; too many of them; or none left. Of a list, the
             message begins with the source's name.
         OutputError: the datasets cache cannot be written.
     """
+    if streaming:
+        return _stream(
+            _only_source(path, columns, question),
+            preparation={"processor": processor, "max_length": max_length, "limits": limits or MediaLimits()},
+            media_root=media_root,
+            on_error=on_error,
+            max_skipped=max_skipped,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+        )
     options: dict[str, Any] = {
         "media_root": media_root,
         "processor": processor,
@@ -217,6 +243,36 @@ def load_dataset(
     return MixedDataset(loaded, seed=seed)
 
 
+def _only_source(path: Any, columns: Mapping[str, str] | None, question: str | None) -> Source:
+    """The one source of a stream."""
+    if isinstance(path, str | Path):
+        return Source(path=path, columns=columns, question=question)
+    sources = sources_of(path)
+    if len(sources) != 1 or sources[0].weight != 1:
+        raise DataError(
+            f"found {len(sources)} source(s) with weights; expected one without for streaming, since a weight is of a "
+            "source's length: join the files, or leave streaming out"
+        )
+    return replace(sources[0], columns=sources[0].columns or columns, question=sources[0].question or question)
+
+
+def _stream(
+    source: Source, *, preparation: Mapping[str, Any], media_root: str | Path | None, **options: Any
+) -> StreamingDataset:
+    return StreamingDataset(
+        source.path,
+        preparation=Preparation(path=Path(source.path), media_root=_root(source, media_root), **preparation),
+        columns=source.columns,
+        question=source.question,
+        **options,
+    )
+
+
+def _root(source: Source, media_root: str | Path | None) -> Path:
+    given = media_root if source.media_root is None else source.media_root
+    return (Path(given) if given is not None else source_root(source.path)).resolve()
+
+
 def load_file(
     source: Source,
     *,
@@ -230,8 +286,7 @@ def load_file(
 ) -> MultimodalDataset:
     """All samples of one source, whatever its weight; arguments and errors as `load_dataset`."""
     path = Path(source.path)
-    given = media_root if source.media_root is None else source.media_root
-    root = (Path(given) if given is not None else source_root(source.path)).resolve()
+    root = _root(source, media_root)
     rows, fingerprint = cached_rows(source.path, columns=source.columns, question=source.question)
     if source.columns or source.question:
         fingerprint = hash_value([fingerprint, dict(source.columns or {}), source.question])
@@ -267,6 +322,7 @@ def load_file(
             for problem in findings.problems
         ],
         truncated=findings.truncated,
+        boxes=box_convention(processor) if findings.boxes else None,
     )
 
 

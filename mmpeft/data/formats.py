@@ -214,11 +214,22 @@ def _row(located: Located, index: int, layout: Layout, options: Options, columns
         if not isinstance(row, dict):
             needed = " and ".join(f"`{key}`" for key in layout.needs)
             raise UnusableError(f"found {kind_of(row)}; expected an object with {needed}")
+        if layout.lacks(row) and (other := _other_layout(row)):
+            raise UnusableError(f"it is of another layout ({other}) than the rows before ({layout.name}); part the two")
         draft = layout.draft(row, options)
         return Row(sample=sample_of(draft, index=index, line=located.line), ignored=ignored)
     except UnusableError as error:
         problem = Problem(index=index, line=located.line, id=_name(row), reason=str(error))
         return Row(problem=problem, ignored=ignored)
+
+
+def _other_layout(row: Any) -> str:
+    """The name of the layout that a row has by itself, "" if it has none."""
+    try:
+        detected = detect_layout(row)
+    except UnusableError:
+        return ""
+    return detected.layout.name if detected else ""
 
 
 def _name(row: Any) -> str:

@@ -78,7 +78,7 @@ def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMA
         with path.open("rb") as file:
             return _open(file, shown(name), max_image_pixels)[0].size
     except OSError as error:
-        raise DataError(f"picture {shown(name)!r} cannot be read: {error}") from error
+        raise DataError(f"picture {shown(name)!r} cannot be read: {error.strerror or error}") from error
 
 
 def upright_sizes(
@@ -99,7 +99,7 @@ def upright_sizes(
             told = image.format != "PNG" or "exif" in image.info
             turned = told and image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
     except OSError as error:
-        raise DataError(f"picture {shown(name)!r} cannot be read: {error}") from error
+        raise DataError(f"picture {shown(name)!r} cannot be read: {error.strerror or error}") from error
     return (stored[::-1], image.size[::-1]) if turned else (stored, image.size)
 
 
@@ -161,6 +161,8 @@ def _load(
         raise
     # A corrupt file makes PIL's plugins raise anything from OSError to zlib.error; each means the same here.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"picture {shown(name)!r} cannot be read: {error.strerror}") from error
         raise DataError(f"picture {shown(name)!r} is corrupt or truncated: {_said(error)}") from error
 
 
@@ -185,13 +187,13 @@ def _notes(image: ImageFile, stored: tuple[int, int], name: str) -> Iterator[Not
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL picture of integer pixels as RGB: transparency over white, 16-bit grey scaled to 8 bits."""
+    """A PIL picture of integer pixels as RGB (itself if it is): transparency over white, 16-bit grey scaled to 8."""
     if image.mode.startswith("I"):
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

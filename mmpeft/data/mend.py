@@ -4,14 +4,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmpeft.core.errors import DataError, OutputError
 from mmpeft.core.files import write_json, write_text
 from mmpeft.data.checks.prints import Place, PlaceTable, print_of
-from mmpeft.data.formats import row_parser
+from mmpeft.data.formats import Row, row_parser
+from mmpeft.data.load_media import MediaLimits, placed
 from mmpeft.data.media import load_image
 from mmpeft.data.reading import Located, read_objects
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
@@ -31,12 +32,15 @@ def mend_data(
     media_root: str | os.PathLike[str] | None = None,
     *,
     open_media: bool = True,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
 ) -> list[Change]:
     """Write `out` (JSON Lines if it ends in .jsonl, else a JSON array) and `out`.changes.json; `path` is not touched.
 
     Mended are: halves of surrogate pairs (replaced by U+FFFD), white space around answers, pictures without any
     `<image>` (put before the first human turn). Left out are repeated samples and rows that are still no sample or
-    whose picture cannot be read. Picture paths stay as they are.
+    whose picture cannot be read, or does not hold their box. Picture paths stay as they are, and so do keys:
+    `columns` and `question` (as `read_rows` takes them) only say how the rows are read.
 
     Returns:
         Every change, in order, as in the list that is written.
@@ -50,7 +54,8 @@ def mend_data(
         raise OutputError(f"{out} is the file to be mended; write the copy to another name")
     root = Path(media_root) if media_root is not None else path.parent
     changes: list[Change] = []
-    rows = list(_mended(path, root if open_media else None, changes))
+    parse = row_parser(path, columns=columns, question=question)
+    rows = list(_mended(path, parse, root if open_media else None, changes))
     separator, around = ("\n", ("", "\n")) if out.suffix == ".jsonl" else (",\n", ("[\n", "\n]\n"))
     text = separator.join(rows)
     write_text(out, around[0] + text + around[1] if rows else ("" if out.suffix == ".jsonl" else "[]\n"))
@@ -63,8 +68,10 @@ def count_changes(changes: list[Change]) -> dict[str, int]:
     return dict(Counter(change["change"] for change in changes))
 
 
-def _mended(path: Path, root: Path | None, changes: list[Change]) -> Iterator[str]:
-    seen, index, parse = PlaceTable(), 0, row_parser(path)
+def _mended(
+    path: Path, parse: Callable[[Located, int], Row], root: Path | None, changes: list[Change]
+) -> Iterator[str]:
+    seen, index = PlaceTable(), 0
     try:
         for index, located in enumerate(read_objects(path)):
             place = Place(index, located.line)
@@ -78,8 +85,10 @@ def _mended(path: Path, root: Path | None, changes: list[Change]) -> Iterator[st
                 if parsed.sample is None:
                     raise DataError(parsed.problem.located(path) if parsed.problem else "unreadable row")
                 sample = parsed.sample
-                for name in sample.images if root is not None else ():
-                    load_image(name, root=root)  # type: ignore[arg-type]
+                if root is not None:
+                    for name in sample.images:
+                        load_image(name, root=root)
+                    placed(sample, root=root, limits=MediaLimits())
             except DataError as error:
                 _drop(changes, place, _whole(located.value), str(error))
                 continue
@@ -97,7 +106,8 @@ def _mended(path: Path, root: Path | None, changes: list[Change]) -> Iterator[st
 
 def _said(sample: Sample) -> int:
     media = (*sample.images, *sample.videos, *sample.audios)
-    return print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *media)
+    boxes = map(repr, sample.boxes)
+    return print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *media, *boxes)
 
 
 def _change(place: Place, change: str, before: Any, after: Any) -> Change:

@@ -87,7 +87,9 @@ class Samples(Protocol):
     truncated: int
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Encoded: ...
+    def encoded(self, index: int, *, epoch: int) -> Encoded:
+        """Sample `index` as epoch `epoch` has it."""
+
     def sample(self, index: int) -> Sample:
         """Sample `index`, not encoded."""
 
@@ -178,7 +180,7 @@ class MixedDataset(Dataset[Encoded]):
             part.dataset.set_epoch(epoch)
 
     def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
-        """Vary the samples of all sources from epoch to epoch; one that an epoch shows twice is the same both times."""
+        """Vary the samples of all sources each time that they come up, also within an epoch."""
         for part in self.parts:
             part.dataset.augment_with(settings, seed=seed)
 
@@ -186,10 +188,12 @@ class MixedDataset(Dataset[Encoded]):
         """Where sample `index` of this epoch comes from: which part, and which sample of it."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        index %= len(self)
-        number = bisect_right(self._ends, index)
-        within = index - (self._ends[number] - self.parts[number].count)
-        return number, int(self._rows()[number][within])
+        number = bisect_right(self._ends, index % len(self))
+        return number, int(self._rows()[number][self._within(number, index)])
+
+    def _within(self, number: int, index: int) -> int:
+        """How many samples of part `number` come before sample `index` of this epoch."""
+        return index % len(self) - (self._ends[number] - self.parts[number].count)
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index` of this epoch, encoded.
@@ -199,8 +203,16 @@ class MixedDataset(Dataset[Encoded]):
         """
         number, row = self.place(index)
         part = self.parts[number]
+        # A sample comes up once in each pass over its source, so by passes each time is varied anew.
+        shown = self.epoch * part.count + self._within(number, index)
         with naming_source(part.name):
-            return part.dataset[row]
+            return part.dataset.encoded(row, epoch=shown // len(part.dataset))
+
+    def media_key(self, index: int) -> int:
+        """A number that samples of one source on the same media have in common; 0 for one without any."""
+        number, row = self.place(index)
+        key = self.parts[number].dataset.media_key(row)
+        return (key and hash((number, key))) or 0
 
     def sample(self, index: int) -> Sample:
         """Sample `index` of this epoch as it stands in its file; no picture is opened."""

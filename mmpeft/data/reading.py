@@ -179,6 +179,24 @@ def _read_lines(file: TextIO, path: Path) -> Iterator[Located]:
             yield _line(decoder, line, number)
 
 
+def decode_line(raw: bytes, line: int) -> Located:
+    """The value of one line of a JSON Lines file, read by itself; a fault where it is none.
+
+    Args:
+        raw: the line's bytes, its line break with them if it has one.
+        line: its number, from 1.
+    """
+    try:
+        text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        return Located(line=line, fault=f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})")
+    if len(text) > MAX_ROW:
+        return Located(line=line, fault=f"the line has more than {MAX_ROW} characters; {_TOO_LARGE}")
+    if _values(text, 0, len(text)) > MAX_VALUES:
+        return Located(line=line, fault=f"the line has more than {MAX_VALUES} values; {_TOO_LARGE}")
+    return _line(_Decoder(), text, line)
+
+
 def _lines(file: TextIO) -> Iterator[tuple[int, str | None]]:
     """Lines with their numbers from 1; None for one that is too long."""
     number = 0

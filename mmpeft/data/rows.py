@@ -6,7 +6,7 @@ decoded row  -- layouts/<name>.py -->  Draft  -- sample_of -->  Sample
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,16 @@ def kind_of(value: Any) -> str:
         return json.dumps(value)  # NaN, which pandas writes for an empty cell, Infinity or -Infinity
     kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return kinds.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def check_count(turns: Sequence[Any]) -> None:
+    """See that a conversation has no more than `MAX_TURNS` turns.
+
+    Raises:
+        UnusableError: it has.
+    """
+    if len(turns) > MAX_TURNS:
+        raise UnusableError(f"{len(turns)} turns; expected at most {MAX_TURNS}: split the conversation")
 
 
 def text_of(value: Any, what: str) -> str:
@@ -205,8 +215,7 @@ def _check_boxes(boxes: tuple[Box, ...], turns: tuple[Turn, ...], pictures: int)
 
 def _check_order(turns: tuple[Turn, ...], names: Mapping[Role, str]) -> None:
     """A system turn at most in the first place, then user and assistant in turn, the assistant last; not too many."""
-    if len(turns) > MAX_TURNS:
-        raise UnusableError(f"{len(turns)} turns; expected at most {MAX_TURNS}: split the conversation")
+    check_count(turns)
     human, gpt = names["user"], names["assistant"]
     offset = 1 if turns[0].role == "system" else 0
     for number, turn in enumerate(turns[offset:], start=offset):
@@ -216,15 +225,20 @@ def _check_order(turns: tuple[Turn, ...], names: Mapping[Role, str]) -> None:
         if turn.role == "system":
             raise UnusableError(f"turn {number} is a system turn; expected it in the first place only")
         if number == offset:
-            raise UnusableError(f"the first turn is from {names[turn.role]}; expected a {human} turn")
+            raise UnusableError(f"the first turn is from {names[turn.role]}; expected {_a(human)} turn")
         raise UnusableError(
             f"turns {number - 1} and {number} are both from {names[turn.role]}; "
             f"expected {human} and {gpt} in turn: merge the two, or add what stands between them"
         )
     if turns[-1].role != "assistant":
+        last = names[turns[-1].role]
         raise UnusableError(
-            f"the last turn is from {names[turns[-1].role]}; expected a {gpt} turn: add the answer, or remove the turn"
+            f"the last turn is from {last}; expected {_a(gpt)} turn: add the answer, or remove the turn"
         )
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
 
 
 def _with_media(turns: tuple[Turn, ...], modality: Modality, count: int, human: str) -> tuple[Turn, ...]:

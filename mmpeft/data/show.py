@@ -15,16 +15,22 @@ from mmpeft.data.types import Sample
 
 
 def describe_samples(
-    path: str | os.PathLike[str], media_root: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    media_root: str | os.PathLike[str] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a data file as plain values: a sample with its pictures' sizes, or `error`: why it is none.
+    """The rows of a data source as plain values: a sample with its pictures' sizes, or `error`: why it is none.
+
+    `columns` and `question` are as `mmpeft.data.formats.read_rows` takes them.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
     path = Path(path)
     root = Path(media_root) if media_root is not None else source_root(path)
-    for row in read_rows(path):
+    for row in read_rows(path, columns=columns, question=question):
         if row.sample is not None:
             yield _described(row.sample, root)
         elif row.problem is not None:

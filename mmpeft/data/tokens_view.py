@@ -6,7 +6,7 @@ Without a processor it is the turns and the pictures as they are; with augmentat
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -43,19 +43,22 @@ def view_samples(
     media_root: str | os.PathLike[str] | None = None,
     *,
     vary: Vary | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Every row as `index`, `line`, `id`, `pieces`, `pictures` (data URIs), or with `error` instead of the last two.
 
     A piece is a run of tokens: `role` (system, user, assistant or media), `text`, `tokens` and `trained`; without a
     processor, a turn. Of a sample with boxes, `convention` says how they are written. With `vary` each has
     `augmented`: `pieces`, `pictures` and `notes` of what was done, or its own `error`.
+    `columns` and `question` are as `mmpeft.data.formats.read_rows` takes them.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
     path = Path(path)
     root = Path(media_root) if media_root is not None else source_root(path)
-    for row in read_rows(path):
+    for row in read_rows(path, columns=columns, question=question):
         if row.sample is None:
             if row.problem is not None:
                 yield {"index": row.problem.index, "line": row.problem.line, "error": row.problem.located(path)}

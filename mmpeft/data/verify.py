@@ -28,11 +28,13 @@ class Findings:
         problems: one for each sample that cannot be used, in order.
         ignored: the line where each unknown key of the file first stands.
         truncated: how many of the usable samples are longer than `max_length`.
+        boxes: boxes and points of the usable samples.
     """
 
     problems: list[Problem] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
+    boxes: int = 0
 
 
 def verify_rows(
@@ -66,6 +68,7 @@ def verify_rows(
                 sizes = [(medium[0], medium[1]) for medium in found[: len(sample.images)]]
                 written = spelt_out(processor, sample, root=media_root, limits=limits)
                 findings.truncated += texts.check(written, sizes)
+                findings.boxes += len(sample.boxes)
             except DataError as error:
                 findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
     return findings

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
 from mmpeft.core.types import PARTS, Part
 from mmpeft.families.registry import FAMILIES
 from mmpeft.families.spec import FamilySpec
 
 WALKED = Path(__file__).with_name("walked.json")
-"""One record a model type:
+"""`transformers`, the version that was walked, and `types`, one record a model type:
     step             "picture" or "text": what it was trained on
     parts, found     what inspection finds, and how (types without a file of facts)
     modalities       the same
+    data             whether its processor lets `encode_sample` write pictures into a row of tokens; null: it has none
     exclude_modules  modules that LoRA has to leave out
+    auto_class       false where the auto class does not give back the base model that was saved
     note             what else a user should know
     reason           why it is not supported; then there is no step
 """
@@ -45,6 +45,8 @@ class Entry:
         parts: module paths by part.
         found: for each part, how: stated by the family, by `get_encoder` or `get_decoder`, or by a module's name.
         modalities: what it takes beside text.
+        data: whether mmpeft reads data for it, else batches have to be made by the user; None: that depends on the
+            processor that its checkpoint brings.
         note: what a user should know, or why it is not supported; "" if nothing.
     """
 
@@ -55,22 +57,28 @@ class Entry:
     parts: Mapping[Part, tuple[str, ...]]
     found: Mapping[Part, How]
     modalities: tuple[str, ...]
+    data: bool | None
     note: str = ""
 
 
 def walked() -> dict[str, dict[str, Any]]:
-    """The checked-in table."""
-    table: dict[str, dict[str, Any]] = json.loads(WALKED.read_text(encoding="utf-8"))
-    return table
+    """The checked-in records, by model type."""
+    types: dict[str, dict[str, Any]] = json.loads(WALKED.read_text(encoding="utf-8"))["types"]
+    return types
+
+
+def walked_version() -> str:
+    """The version of transformers whose model types these are."""
+    return str(json.loads(WALKED.read_text(encoding="utf-8"))["transformers"])
 
 
 def catalogue() -> tuple[Entry, ...]:
-    """All model types in the order of their names, and those that mmpeft adds to transformers' own."""
+    """All model types in the order of their names, with those that mmpeft has beside transformers' mapping."""
     own = {model_type: spec for spec in FAMILIES for model_type in spec.model_types}
     table = walked()
-    names = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *own})
+    names = sorted({*table, *own})
     return tuple(
-        _first_class(name, own[name], table.get(name, {})) if name in own else _other(name, table.get(name))
+        _first_class(name, own[name], table.get(name, {})) if name in own else _other(name, table[name])
         for name in names
     )
 
@@ -84,13 +92,12 @@ def _first_class(model_type: str, spec: FamilySpec, record: Mapping[str, Any]) -
         parts={part: spec.parts[part] for part in PARTS if part in spec.parts},
         found=dict.fromkeys(spec.parts, "stated"),
         modalities=spec.modalities,
+        data=True,
         note=spec.note,
     )
 
 
-def _other(model_type: str, record: Mapping[str, Any] | None) -> Entry:
-    if record is None:
-        record = {"reason": "this version of transformers has it, and mmpeft has not tried it yet"}
+def _other(model_type: str, record: Mapping[str, Any]) -> Entry:
     parts: dict[Part, tuple[str, ...]] = {
         part: tuple(record["parts"][part]) for part in PARTS if part in record.get("parts", {})
     }
@@ -102,6 +109,7 @@ def _other(model_type: str, record: Mapping[str, Any] | None) -> Entry:
         parts=parts,
         found=record.get("found", {}),
         modalities=tuple(record.get("modalities", ())),
+        data=record.get("data"),
         note=record.get("reason") or " ".join(_notes(record, parts)),
     )
 
@@ -109,6 +117,10 @@ def _other(model_type: str, record: Mapping[str, Any] | None) -> Entry:
 def _notes(record: Mapping[str, Any], parts: Mapping[Part, Any]) -> Iterable[str]:
     if "projector" not in parts:
         yield "No projector: train LoRA on the language model."
+    if record["data"] is False:
+        yield "Give the trainer batches of your own: mmpeft cannot write its pictures and answers into one row."
+    elif record["data"] is None and record["modalities"]:
+        yield "Whether mmpeft reads data for it depends on the processor that its checkpoint brings."
     if "exclude_modules" in record:
         yield f"Give language.exclude_modules: [{', '.join(record['exclude_modules'])}]: peft does not load them again."
     if "note" in record:

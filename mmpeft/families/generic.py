@@ -6,13 +6,15 @@ names of modules           towers beside those, and what carries their features 
 get_output_embeddings()    the language model's head
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from mmpeft.core.errors import ModelError
 from mmpeft.core.types import MODALITIES, Modality, Part
@@ -84,7 +86,7 @@ class Inspection:
     found: Mapping[Part, How]
 
 
-def inspect_model(model: PreTrainedModel) -> FamilySpec:
+def inspect_model(model: transformers.PreTrainedModel) -> FamilySpec:
     """The parts of a model, by its own `get_encoder` and `get_decoder` and by the names of its modules.
 
     A part that the model lacks (a projector, a tower apart from the language model) is left out.
@@ -95,7 +97,7 @@ def inspect_model(model: PreTrainedModel) -> FamilySpec:
     return inspect_parts(model).spec
 
 
-def inspect_parts(model: PreTrainedModel) -> Inspection:
+def inspect_parts(model: transformers.PreTrainedModel) -> Inspection:
     """`inspect_model`, with how each part was found.
 
     Raises:
@@ -108,8 +110,8 @@ def inspect_parts(model: PreTrainedModel) -> Inspection:
     for part, modality in (("vision", "image"), ("audio", "audio")):
         if towers[part]:
             parts[part] = towers[part]  # type: ignore[index]
-            own = _path(model, model.get_encoder(modality=modality)) in towers[part]
-            found[part] = "get_encoder" if own else "name"  # type: ignore[index]
+            own = {_path(model, model.get_encoder(modality=modality)), _path(model, model.get_encoder())}
+            found[part] = "get_encoder" if own & set(towers[part]) else "name"  # type: ignore[index]
     projector = _named(model, PROJECTORS, language)
     if projector:
         parts["projector"], found["projector"] = projector, "name"
@@ -127,7 +129,7 @@ def inspect_parts(model: PreTrainedModel) -> Inspection:
     return Inspection(spec=spec, found=found)
 
 
-def _language(model: PreTrainedModel) -> tuple[str, ...]:
+def _language(model: transformers.PreTrainedModel) -> tuple[str, ...]:
     """The decoder, the head outside it, and an encoder that reads text."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is model.base_model and head is None:
@@ -146,7 +148,7 @@ def _language(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(path for place, path in enumerate(paths) if not _inside(path, paths[:place]))
 
 
-def _vision(model: PreTrainedModel, language: tuple[str, ...]) -> tuple[str, ...]:
+def _vision(model: transformers.PreTrainedModel, language: tuple[str, ...]) -> tuple[str, ...]:
     """The towers that read pictures: by name, else the encoder of a model whose encoder reads pictures alone."""
     towers = _named(model, TOWERS, language)
     if not towers and model.config.is_encoder_decoder and model.main_input_name in PIXELS:
@@ -154,7 +156,7 @@ def _vision(model: PreTrainedModel, language: tuple[str, ...]) -> tuple[str, ...
     return towers
 
 
-def _named(model: PreTrainedModel, names: tuple[str, ...], language: tuple[str, ...]) -> tuple[str, ...]:
+def _named(model: transformers.PreTrainedModel, names: tuple[str, ...], language: tuple[str, ...]) -> tuple[str, ...]:
     """Outermost modules with parameters that have one of the names; the language model's own modules have none.
 
     A language model that is the whole base model, or an encoder that reads text and pictures, may hold some.
@@ -172,12 +174,12 @@ def _inside(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith(f"{other}.") or not other for other in others)
 
 
-def _path(model: PreTrainedModel, module: nn.Module) -> str:
+def _path(model: transformers.PreTrainedModel, module: nn.Module) -> str:
     """The module's name in the model; "" for the model itself."""
     return next((name for name, other in model.named_modules() if other is module), "")
 
 
-def _modalities(model: PreTrainedModel, parts: Mapping[Part, tuple[str, ...]]) -> tuple[Modality, ...]:
+def _modalities(model: transformers.PreTrainedModel, parts: Mapping[Part, tuple[str, ...]]) -> tuple[Modality, ...]:
     """Pictures where something reads them, films where the forward takes them, sound where a tower reads it."""
     taken = inspect.signature(model.forward).parameters
     image = "vision" in parts or "projector" in parts

@@ -14,9 +14,11 @@ of it counts. The forward computes its own positions from the grids, the mask an
 The processor resizes videos by a size of its own (`videos_kwargs`), not by its video processor's.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
-from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+import transformers
 from transformers.utils import cached_file
 
 from mmpeft.families.spec import FamilySpec
@@ -35,10 +37,10 @@ class WholeOmni:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, config: PreTrainedConfig, **options: Any
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        cls, name: str, *, config: transformers.PreTrainedConfig, **options: Any
+    ) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
         """The model with its voices, and transformers' report on the loading."""
-        model_class: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+        model_class: Any = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
         options.pop("trust_remote_code", None)
         parent: Any = super(model_class, model_class)
         model, report = parent.from_pretrained(name, config=config, **{**options, "output_loading_info": True})

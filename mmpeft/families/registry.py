@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from peft import PeftModel
-
 from mmpeft.families import (
     composed,
     gemma3,
@@ -51,7 +49,7 @@ def family_of(model: Any) -> FamilySpec:
     for spec in FAMILIES:
         if model_type in spec.model_types:
             return spec
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect_model(base)
 
 

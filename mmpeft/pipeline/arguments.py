@@ -72,9 +72,9 @@ def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
     return obstacle is None and recipe.batch.packing is not False
 
 
-def count_steps(stage: StageConfig, samples: int, size: int) -> int:
-    """Optimizer steps of a stage."""
-    return stage.max_steps or max(1, math.ceil(stage.epochs * math.ceil(samples / size)))
+def count_steps(stage: StageConfig, samples: int | None, size: int) -> int:
+    """Optimizer steps of a stage; `samples` of an epoch may be unknown where the stage has `max_steps`."""
+    return stage.max_steps or max(1, math.ceil(stage.epochs * math.ceil((samples or 0) / size)))
 
 
 def learning_rates(stage: StageConfig) -> dict[Part, float]:
@@ -153,7 +153,7 @@ def _check_libraries(stage: StageConfig, args: TrainingArguments) -> None:
             raise RecipeError(f"{key}.optim: {error}") from error
 
 
-def check_trainer_blocks(recipe: Recipe, samples: int) -> None:
+def check_trainer_blocks(recipe: Recipe, samples: int | None) -> None:
     """Find before anything is trained what `training_arguments` would refuse in a later stage.
 
     Raises:

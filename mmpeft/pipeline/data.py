@@ -1,5 +1,6 @@
 """A recipe's data: loaded, checked against its stages, and described for the run's records."""
 
+import logging
 from typing import Any
 
 from mmpeft.config.data import SourceConfig
@@ -9,19 +10,30 @@ from mmpeft.core.hashing import hash_value
 from mmpeft.data.dataset import MultimodalDataset, load_dataset, load_file
 from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.mixture import MixedDataset, Source
+from mmpeft.data.stream import StreamingDataset
 
-TrainData = MultimodalDataset | MixedDataset
+TrainData = MultimodalDataset | MixedDataset | StreamingDataset
+
+logger = logging.getLogger(__name__)
 
 
 def load_train(recipe: Recipe, processor: Any) -> TrainData:
-    """What the stages train on: the data set of one file, or a mixture of several.
+    """What the stages train on: the data set of one file, a mixture of several, or a stream.
 
     Raises:
         DataError: see `load_dataset`.
     """
     sources = [Source(**source.model_dump()) for source in recipe.data.sources]
     dataset: TrainData
-    if len(sources) == 1 and sources[0].weight == 1:
+    if recipe.data.streaming:
+        dataset = load_dataset(
+            sources,
+            streaming=True,
+            shuffle_buffer=recipe.data.shuffle_buffer,
+            seed=recipe.seed,
+            **_options(recipe, processor),
+        )
+    elif len(sources) == 1 and sources[0].weight == 1:
         dataset = load_file(sources[0], **_options(recipe, processor))
     else:
         dataset = load_dataset(sources, seed=recipe.seed, **_options(recipe, processor))
@@ -64,7 +76,12 @@ def check_media(recipe: Recipe, dataset: TrainData) -> None:
     Raises:
         RecipeError: names stage, parts and files.
     """
-    files = _files(dataset)
+    if isinstance(dataset, StreamingDataset):
+        # The rest of the file is not known.
+        if not any(any(row.sample.media.values()) for row in dataset.head if row.sample is not None):
+            logger.warning("%s: none of its first %d samples has a picture", dataset.path, len(dataset.head))
+        return
+    files = [part.dataset for part in dataset.parts] if isinstance(dataset, MixedDataset) else [dataset]
     if any(any(file.sample(index).media.values()) for file in files for index in range(len(file))):
         return
     for stage in recipe.stages:
@@ -77,8 +94,9 @@ def check_media(recipe: Recipe, dataset: TrainData) -> None:
             )
 
 
-def _files(dataset: TrainData) -> list[MultimodalDataset]:
-    return [part.dataset for part in dataset.parts] if isinstance(dataset, MixedDataset) else [dataset]
+def count_samples(dataset: TrainData) -> int | None:
+    """Samples of an epoch; None where they are not known before they have been read."""
+    return None if isinstance(dataset, StreamingDataset) else len(dataset)
 
 
 def describe_data(recipe: Recipe, train: TrainData, held_out: MultimodalDataset | None) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def describe_data(recipe: Recipe, train: TrainData, held_out: MultimodalDataset 
 
 
 def _describe_train(recipe: Recipe, dataset: TrainData) -> dict[str, Any]:
-    if isinstance(dataset, MultimodalDataset):
+    if not isinstance(dataset, MixedDataset):
         return _describe_file(recipe, dataset, recipe.data.sources[0])
     sources = [
         {"name": part.name, "weight": part.weight, "shown": part.count, **_describe_file(recipe, part.dataset, source)}
@@ -109,12 +127,20 @@ def _describe_train(recipe: Recipe, dataset: TrainData) -> dict[str, Any]:
     }
 
 
-def _describe_file(recipe: Recipe, dataset: MultimodalDataset, source: SourceConfig) -> dict[str, Any]:
+def _describe_file(
+    recipe: Recipe, dataset: MultimodalDataset | StreamingDataset, source: SourceConfig
+) -> dict[str, Any]:
     """Paths are as the recipe has them, since adapters are published with this."""
-    return {
+    place = {
         "file": str(dataset.path),
         "media_root": str(source.media_root or recipe.data.media_root or dataset.path.parent),
+    }
+    if isinstance(dataset, StreamingDataset):
+        return {**place, "streaming": True, "fingerprint": dataset.fingerprint}
+    return {
+        **place,
         "samples": len(dataset),
+        **({"boxes": dataset.boxes} if dataset.boxes else {}),
         "truncated": dataset.truncated,
         "fingerprint": dataset.fingerprint,
         "skipped": [vars(skipped) for skipped in dataset.skipped],
@@ -123,7 +149,7 @@ def _describe_file(recipe: Recipe, dataset: MultimodalDataset, source: SourceCon
 
 def describe_sources(dataset: TrainData) -> list[dict[str, Any]]:
     """The sources of a mixture for plan.json: name, weight, samples, and how many of them an epoch shows."""
-    if isinstance(dataset, MultimodalDataset):
+    if not isinstance(dataset, MixedDataset):
         return []
     return [
         {"name": part.name, "weight": part.weight, "samples": len(part.dataset), "shown": part.count}

@@ -11,6 +11,7 @@ from mmpeft.config.recipe import EvaluateConfig
 from mmpeft.core.errors import DataError
 from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.mixture import MixedDataset
+from mmpeft.data.stream import StreamingDataset
 from mmpeft.evaluation.generate import answer_questions
 from mmpeft.evaluation.metrics import load_metric
 from mmpeft.evaluation.scores import score_answers
@@ -19,7 +20,7 @@ from mmpeft.evaluation.scores import score_answers
 def evaluate_model(
     model: Any,
     processor: Any,
-    dataset: MultimodalDataset | MixedDataset,
+    dataset: MultimodalDataset | MixedDataset | StreamingDataset,
     *,
     metrics: Sequence[str] = ("exact_match", "token_f1", "anls"),
     max_new_tokens: int = 64,
@@ -43,7 +44,10 @@ def evaluate_model(
             a mixture of several sources.
     """
     if not isinstance(dataset, MultimodalDataset):
-        raise DataError("found a mixture of sources; expected the data set of one file: evaluate them one by one")
+        raise DataError(
+            f"found a {type(dataset).__name__}; expected the data set of one source: load sources one by one, "
+            "without streaming"
+        )
     for name in metrics:
         load_metric(name)
     state = PartialState()

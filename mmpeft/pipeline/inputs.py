@@ -14,6 +14,7 @@ from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.embedded import split_member
 from mmpeft.data.mixture import MixedDataset
 from mmpeft.data.roots import resolve_inside
+from mmpeft.data.stream import StreamingDataset
 from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.pipeline.facts import versions
 
@@ -56,20 +57,24 @@ def base_hash(recipe: Recipe) -> str:
     return hash_value(model_identity(recipe.model))
 
 
-def data_hash(dataset: MultimodalDataset | MixedDataset) -> str:
+def data_hash(dataset: MultimodalDataset | MixedDataset | StreamingDataset) -> str:
     """Of a data set: its file's content, size and time of each medium, and how much of it is decoded.
 
-    Of a mixture: of each source, with its weight.
+    Of a mixture: of each source, with its weight. Of a stream: the file's size and time, for it is not read twice;
+    media are not looked at.
     """
     if isinstance(dataset, MixedDataset):
         return hash_value([[part.weight, data_hash(part.dataset)] for part in dataset.parts])
+    varied = [dataset.augmentation.to_dict()] if dataset.augmentation is not None else []
+    if isinstance(dataset, StreamingDataset):
+        return hash_value([dataset.fingerprint, dataset.on_error, asdict(dataset.limits), *varied])
     media = {}
     for index in range(len(dataset)):
         for name in chain.from_iterable(dataset.sample(index).media.values()):
-            if name not in media:
-                stat = (dataset.media_root / name).stat()
+            # What lies in a data: URL is part of the file's own content.
+            if name not in media and not name.startswith("data:"):
+                stat = _file_of(name, dataset.media_root).stat()
                 media[name] = [stat.st_size, stat.st_mtime_ns]
-    varied = [dataset.augmentation.to_dict()] if dataset.augmentation is not None else []
     return hash_value([dataset.fingerprint, media, len(dataset), asdict(dataset.limits), *varied])
 
 

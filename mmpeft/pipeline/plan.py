@@ -24,12 +24,12 @@ def carry_forward(carried: dict[Part, PartTraining], stage: StageConfig) -> dict
 
 
 def plan_stages(
-    recipe: Recipe, base: str, samples: int, *, sources: Sequence[Mapping[str, Any]] = ()
+    recipe: Recipe, base: str, samples: int | None, *, sources: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """For each stage its samples, steps, batch and the table of parts, as plan.json holds them.
 
     Args:
-        samples: of an epoch.
+        samples: of an epoch; None where that is not known.
         sources: of a mixture, each with `name`, `weight`, `samples` and `shown`.
 
     Raises:

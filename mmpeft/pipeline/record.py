@@ -182,6 +182,8 @@ def _stage_notes(stage: StageRecord) -> list[str]:
     notes = [said[stage.status]] if stage.status in said else []
     if stage.resumed_from:
         notes.append(f"Stage {stage.name} was resumed from the checkpoint of step {stage.resumed_from}.")
+    if skipped := len(stage.figures.get("skipped") or []):
+        notes.append(f"Stage {stage.name}: {skipped} samples were skipped as they came; stage.json lists each.")
     bad = [row["step"] for row in stage.metrics if not is_finite(row.get("loss"))]
     if bad:
         notes.append(f"Stage {stage.name}: the loss was not a finite number at {len(bad)} steps, first {bad[0]}.")
@@ -192,6 +194,8 @@ def _data_notes(data: Mapping[str, Any]) -> list[str]:
     notes = []
     for name, label in (("train", "training"), ("eval", "held-out")):
         entry = data.get(name) or {}
+        if entry.get("streaming"):
+            notes.append(f"The {label} samples were read as they were needed; how many there are was not counted.")
         if skipped := len(entry.get("skipped") or []):
             notes.append(f"{skipped} {label} samples were skipped; each is listed under Data with the reason.")
         if truncated := entry.get("truncated"):

@@ -27,7 +27,7 @@ from mmpeft.models.devices import pick_device
 from mmpeft.models.load import FACTS_NAME, load_model, load_processor
 from mmpeft.pipeline.arguments import check_trainer_blocks
 from mmpeft.pipeline.base import resolve_base, skeleton
-from mmpeft.pipeline.data import check_media, describe_data, describe_sources, load_held_out, load_train
+from mmpeft.pipeline.data import check_media, count_samples, describe_data, describe_sources, load_held_out, load_train
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory
 from mmpeft.pipeline.evaluate import evaluate_with
 from mmpeft.pipeline.facts import hardware, versions
@@ -157,9 +157,10 @@ class _Run:
             self.train = load_train(recipe, self.processor)
             self.eval = load_held_out(recipe, self.processor)
         self.hashes = {id(data): data_hash(data) for data in (self.train, self.eval) if data is not None}
-        check_trainer_blocks(recipe, len(self.train))
+        samples = count_samples(self.train)
+        check_trainer_blocks(recipe, samples)
         check_media(recipe, self.train)
-        plan = plan_stages(recipe, base, len(self.train), sources=describe_sources(self.train))
+        plan = plan_stages(recipe, base, samples, sources=describe_sources(self.train))
         if write:
             write_json(directory.plan, {"stages": plan})
             write_json(directory.data, describe_data(recipe, self.train, self.eval))

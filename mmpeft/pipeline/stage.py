@@ -42,7 +42,7 @@ from mmpeft.pipeline.arguments import (
     plan_batch,
     training_arguments,
 )
-from mmpeft.pipeline.data import TrainData
+from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
@@ -138,7 +138,7 @@ def run_stage(
     """
     main = PartialState().is_main_process
     batch = plan_batch(recipe, PartialState().num_processes)
-    steps = count_steps(stage, len(dataset), batch.size)
+    steps = count_steps(stage, count_samples(dataset), batch.size)
     checkpoint, done = (last_checkpoint(folder.checkpoints) if resume else None) or (None, None)
     state = {**state, "status": "running", "resumed_from": done}
     PartialState().wait_for_everyone()
@@ -200,7 +200,7 @@ def _trainer(
         # Label smoothing reads the logits of every position.
         else MultimodalCollator(prepared.processor, supervised_only=False if args.label_smoothing_factor else None),
         learning_rates=learning_rates(stage),
-        share_media=packs and recipe.batch.share_media,
+        share_media=packs and recipe.batch.share_media and args.train_sampling_strategy in ("random", "sequential"),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -220,6 +220,7 @@ def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) 
         "final_loss": losses[-1] if losses else None,
         "trainable_parameters": plan.trainable,
         "total_parameters": plan.total,
+        **({"skipped": [vars(sample) for sample in trainer.skips.skipped]} if trainer.skips is not None else {}),
     }
 
 

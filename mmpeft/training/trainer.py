@@ -13,17 +13,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmpeft.core.errors import RecipeError
+from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
 from mmpeft.core.types import Part
-from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler
 from mmpeft.data.packing import PackedCollator
+from mmpeft.data.stream import StreamingDataset
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import tree_attention_on
+from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
+from mmpeft.training.skips import SkipWatch
 
 
 class MultimodalTrainer(Trainer):
@@ -36,7 +38,7 @@ class MultimodalTrainer(Trainer):
     Args:
         learning_rates: peak learning rate by part; default: `args.learning_rate` for all that trains.
         share_media: bring samples on the same media together, for a `PackedCollator` to share what they begin with;
-            the data set needs `sample(index)`, as `MultimodalDataset` has.
+            the data set needs `media_key(index)`, as `MultimodalDataset` has.
         *args, **kwargs: those of `transformers.Trainer`.
 
     Raises:
@@ -51,6 +53,7 @@ class MultimodalTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.learning_rates, self.share_media = learning_rates, share_media
+        self.skips: SkipWatch | None = None
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
@@ -81,28 +84,40 @@ class MultimodalTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own on one process that shares no media; else one whose global batches are those of one."""
+        """The Trainer's own on one process; elsewhere one whose global batches are those of one process.
+
+        Elsewhere is: on several processes, of a stream, and where samples on the same media come together.
+        """
         dataset: Any = self.train_dataset
-        if not hasattr(dataset, "__len__") or (self.args.world_size == 1 and not self.share_media):
+        streamed = isinstance(dataset, StreamingDataset)
+        if not streamed and (not hasattr(dataset, "__len__") or (self.args.world_size == 1 and not self.share_media)):
             return super().get_train_dataloader()
-        sampler = GlobalBatchSampler(
-            length=len(dataset),
-            micro=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            world=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            media=(lambda index: tuple(dataset.sample(index).media.values())) if self.share_media else None,
-        )
-        return _EpochLoader(
-            BlankedDataset(dataset),
-            batch_sampler=sampler,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
+        collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        if not streamed:
+            return global_loader(dataset, self.args, collator, share_media=self.share_media)
+        sampler = stream_sampler(dataset, self.args)
+        self.skips = SkipWatch(sampler, self.accelerator)
+        return stream_loader(sampler, self.args, collator)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of a step, and how many labelled tokens all processes have in them.
+
+        Raises:
+            DataError: a sample cannot be used, or too many of a stream were left out.
+        """
+        batches = self.skips.unpack(epoch_iterator) if self.skips is not None else epoch_iterator
+        try:
+            found = super().get_batch_samples(batches, num_batches, device)
+        except DataError as error:
+            raise from_worker(error) from None
+        if self.skips is not None:
+            self.skips.check((self.state.global_step + 1) * self._step_size())
+        return found
+
+    def _step_size(self) -> int:
+        """Samples of a step, of all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
@@ -235,10 +250,3 @@ class _EpochOfData(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(int(state.epoch or 0))
-
-
-class _EpochLoader(DataLoader):
-    """A DataLoader that hands the Trainer's epoch on to its batch sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

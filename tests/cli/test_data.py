@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner
 
 from mmpeft.cli.data import app
-from tests.data.files import colour_set, gpt, human, row, write_lines
+from tests.data.files import colour_set, gpt, human, picture, row, write_lines
 from tests.tiny import tiny_processor
 
 
@@ -157,3 +157,25 @@ def test_checking_data_needs_neither_torch_nor_transformers():
     code = "import sys, mmpeft.data.check; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_check_says_what_it_reads_and_takes_a_column_map(tmp_path):
+    (tmp_path / "a.csv").write_text("frage,antwort\n1 + 1,2\n")
+    result = invoke("check", tmp_path / "a.csv")
+    assert result.exit_code == 3
+    assert "the nearest is" in result.stdout
+    columns = ("--column", "question=frage", "--column", "answer=antwort")
+    result = invoke("check", tmp_path / "a.csv", *columns)
+    assert result.exit_code == 0
+    first = "question and answer columns in CSV (rows hold `question`, `answer`, by the column map)"
+    assert result.stdout.splitlines()[0] == first
+    value = json.loads(invoke("check", tmp_path / "a.csv", *columns, "--json").stdout)
+    assert (value["source"]["container"], value["source"]["layout"]) == ("CSV", "question and answer columns")
+
+
+def test_show_takes_a_question_for_captions(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red")
+    result = invoke("show", tmp_path, "--question", "Colour?")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[2:] == ["  user       <image>", "             Colour?", "  assistant  red"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmpeft.config.augment import CropConfig
+from mmpeft.config.augment import AugmentConfig, CropConfig
 from mmpeft.core.errors import RecipeError
 from mmpeft.data.altered import crop_window
 from mmpeft.data.augment import Augmentation, augment, augmentation_of
@@ -96,7 +96,8 @@ def test_a_flip_leaves_samples_that_name_a_side():
     assert not flipped(sample_of("What is left of it?"))[0]
     assert not flipped(sample_of(answer="the one on the Right"))[0]
     assert flipped(sample_of("Was ist links?"))[0]
-    assert not flipped(sample_of("Was ist links?"), words={"links": "rechts"})[0]
+    for words in ({"links": "rechts"}, ["links"]):
+        assert not flipped(sample_of("Was ist links?"), words=words)[0]
 
 
 def test_a_flip_swaps_left_and_right_where_it_is_told_to():
@@ -110,8 +111,19 @@ def test_a_flip_swaps_left_and_right_where_it_is_told_to():
 def test_a_flip_leaves_the_kinds_that_the_user_lists_and_places_written_as_numbers():
     assert not flipped(sample_of(kind="ocr"), except_kinds=["ocr"])[0]
     assert flipped(sample_of(kind="vqa"), except_kinds=["ocr"])[0]
-    for text in ("At [0.1, 0.2, 0.5, 0.6].", "<loc0010><loc0020><loc0100><loc0200>", "<box>(3,4),(5,6)</box>"):
-        assert not flipped(sample_of(answer=text))[0]
+    places = (
+        "At [0.1, 0.2, 0.5, 0.6].",
+        "<loc0010><loc0020><loc0100><loc0200>",
+        "<box>(3,4),(5,6)</box>",
+        "<loc_52><loc_333><loc_932><loc_774>",
+        '<point x="61.5" y="40.4" alt="cat">cat</point>',
+        '{"x": 61, "y": 40}',
+        "<patch_index_0044><patch_index_0863>",
+    )
+    for text in places:
+        assert not flipped(sample_of(answer=text))[0], text
+    for text in ("In 1999 [sic], 3 x 4 = 12", "x is 3", "2 (two) of 3"):
+        assert flipped(sample_of(answer=text))[0], text
 
 
 def test_a_crop_leaves_places_written_as_numbers():
@@ -237,6 +249,14 @@ def test_a_bad_setting_names_its_key(value, words):
         augmentation_of(value)
     assert words in str(caught.value)
     assert "augment: 1 problem" in str(caught.value)
+
+
+@pytest.mark.parametrize("table", [{"a": ["b"]}, [["a", "b", "c"], ["d", "e"]]])
+def test_a_block_that_was_written_is_read_back_as_it_was(table):
+    block = AugmentConfig.model_validate({**ALL, "paraphrase": table})
+    again = AugmentConfig.model_validate(block.model_dump(mode="json"))
+    assert again == block
+    assert augmentation_of(again) == augmentation_of(block)
 
 
 def test_settings_are_frozen_and_become_plain_values():

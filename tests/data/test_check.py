@@ -6,13 +6,15 @@ from PIL import Image
 
 from mmpeft.data.check import Report, check_data
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, difference_hash
+from mmpeft.data.formats import describe
 from tests.data.files import colour_set, gpt, human, picture, row, write_json, write_lines
 from tests.data.test_dataset import broken_png
 from tests.tiny import tiny_processor
 
 
 def test_a_good_file_is_counted(tmp_path):
-    report = check_data(colour_set(tmp_path, count=4))
+    path = colour_set(tmp_path, count=4)
+    report = check_data(path)
     assert report == Report(
         samples=4,
         pictures=3,
@@ -20,6 +22,7 @@ def test_a_good_file_is_counted(tmp_path):
         kinds={"": 3, "sum": 1},
         lengths={"unit": "characters", "min": 24, "median": 26, "p95": 29, "max": 29},
         answers={"red": 1, "green": 1, "blue": 1, "Two, that is 2.": 1},
+        source=describe(path),
     )
 
 
@@ -153,3 +156,16 @@ def test_films_and_recordings_are_opened(tmp_path):
     assert "'empty.mp4'" in report.errors[0]
     assert "'no.wav' does not exist" in report.errors[1]
     assert not check_data(path, open_media=False).errors
+
+
+def test_sources_of_every_kind_are_checked_under_their_own_root(tmp_path):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "in/metadata.csv").write_text("file_name,text\na.png,red\n")
+    report = check_data(tmp_path / "in")
+    assert (report.errors, report.samples, report.pictures) == ([], 1, 1)
+    assert report.source.container == "a folder with metadata"
+    (tmp_path / "in/b.csv").write_text("bild,wort\na.png,rot\n")
+    columns = {"image": "bild", "caption": "wort"}
+    report = check_data(tmp_path / "in/b.csv", eval_path=tmp_path / "in/b.csv", columns=columns, question="Farbe?")
+    assert [error.partition(": ")[2][:8] for error in report.errors] == ["sample 0"]
+    assert check_data(tmp_path / "in/b.csv").source is None

@@ -8,6 +8,7 @@ from mmpeft.data.augment import augment_with_notes, augmentation_of
 from mmpeft.data.show import describe_samples, write_page
 from mmpeft.data.tokens_view import view_samples
 from tests.data.files import colour_set, gpt, human, picture, row, write_lines
+from tests.data.films import film
 from tests.tiny import tiny_processor
 
 
@@ -82,3 +83,11 @@ def test_boxes_are_written_and_drawn_and_their_convention_named(tmp_path):
     assert drawn.size == (40, 20)
     assert drawn.getpixel((10, 10)) == (255, 0, 0)
     assert drawn.getpixel((14, 8)) == (255, 255, 255)
+
+
+def test_films_are_shown_by_some_of_their_frames(tmp_path):
+    film(tmp_path / "a.mp4")
+    rows = [row(human("<video>\nWhat happens?"), gpt("Nothing."), video="a.mp4")]
+    view = next(view_samples(write_lines(tmp_path / "a.jsonl", rows)))
+    assert len(view["pictures"]) == 4
+    assert "<video>\nWhat happens?" in view["pieces"][0]["text"]

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from mmpeft.core.errors import MMPeftError
 from mmpeft.families import catalogue
@@ -27,12 +30,17 @@ from tests.families.shrink import MODEL_TYPES, tiny_model
 
 FIRST_CLASS = {model_type for spec in FAMILIES for model_type in spec.model_types}
 
+HAND = ("note", "exclude_modules", "auto_class", "reason")
+"""Fields of a record that are written by hand."""
+
 TOLERANCE = 1e-5
 """Largest difference of logits after reloading; most types give exactly the same."""
 
 
-def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Find parts, attach, take one step, save, reload in plain PEFT; every claim on the way is asserted.
+def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None, *, auto: bool = True) -> dict[str, Any]:
+    """Find parts, attach, take one step, save, reload in plain PEFT and by the auto class; every claim is asserted.
+
+    With `auto` false, the auto class is asserted to give another model back.
 
     Returns:
         The step that was possible, and for a type without a file of facts what inspection found.
@@ -40,6 +48,8 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> 
     model = tiny_model(model_type)
     base, spec = copy.deepcopy(model), family_of(model)
     inputs = inputs_of(model)
+    model.save_pretrained(folder / "base")
+    model.name_or_path = str(folder / "base")
     if train is None:
         train = {"language": {"r": 4}} | ({"projector": "full"} if spec.projector_leaves(model, spec) else {})
     with torch.no_grad():
@@ -63,24 +73,38 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None) -> 
         save_adapter(adapted, folder / "adapter")
         again = PeftModel.from_pretrained(base, folder / "adapter").eval()
         torch.testing.assert_close(again(**inputs.batch).logits, after.logits, rtol=0, atol=TOLERANCE)
+        loaded = AutoModelForImageTextToText.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
+        same = torch.allclose(loaded(**inputs.batch).logits, after.logits, rtol=0, atol=TOLERANCE)
+        assert same == auto, "the auto class"
     return {"step": inputs.step, **({} if model_type in FIRST_CLASS else found(model_type))}
 
 
 def found(model_type: str) -> dict[str, Any]:
     """The parts of a type without a file of facts, as the catalogue holds them."""
-    inspection = inspect_parts(tiny_model(model_type))
+    model = tiny_model(model_type)
+    inspection = inspect_parts(model)
     return {
         "parts": {part: list(paths) for part, paths in inspection.spec.parts.items()},
         "found": dict(inspection.found),
         "modalities": list(inspection.spec.modalities),
+        "data": False if model.config.is_encoder_decoder else says_what_it_writes(model_type),
     }
 
 
-def recorded_train(model_type: str, record: dict[str, Any]) -> dict[str, Any] | None:
-    """How the type trains where the catalogue says that modules have to be left out."""
-    if "exclude_modules" not in record:
+def says_what_it_writes(model_type: str) -> bool | None:
+    """Whether the type's processor tells `encode_sample` what it puts in the place of a picture; None: no processor."""
+    name = PROCESSOR_MAPPING_NAMES.get(model_type) or PROCESSOR_MAPPING_NAMES.get(model_type.removesuffix("_thinker"))
+    if name is None:
         return None
-    return {"projector": "full", "language": {"r": 4, "exclude_modules": record["exclude_modules"]}}
+    return getattr(transformers, name).replace_image_token is not ProcessorMixin.replace_image_token
+
+
+def recorded(record: dict[str, Any]) -> dict[str, Any]:
+    """What the catalogue says of how the type is walked."""
+    options: dict[str, Any] = {"auto": record.get("auto_class", True)}
+    if "exclude_modules" in record:
+        options["train"] = {"projector": "full", "language": {"r": 4, "exclude_modules": record["exclude_modules"]}}
+    return options
 
 
 def main() -> None:
@@ -88,17 +112,19 @@ def main() -> None:
     table = catalogue.walked()
     for model_type in MODEL_TYPES:
         record = table.get(model_type, {})
-        kept = {key: value for key, value in record.items() if key in ("note", "exclude_modules", "reason")}
+        kept = {key: value for key, value in record.items() if key in HAND}
         try:
             with tempfile.TemporaryDirectory() as folder:
-                kept = {**walk(model_type, Path(folder), recorded_train(model_type, record)), **kept}
+                kept = {**walk(model_type, Path(folder), **recorded(record)), **kept}
             kept.pop("reason", None)
         except (MMPeftError, AssertionError, ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             kept.setdefault("reason", " ".join(str(error).split()))
         sys.stderr.write(f"{model_type}: {kept.get('step') or kept['reason']}\n")
         table[model_type] = kept
+    # One line a type, so that what changes can be read in a diff.
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(table[name], ensure_ascii=False)}" for name in MODEL_TYPES)
-    catalogue.WALKED.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
+    text = f'{{"transformers": "{transformers.__version__}", "types": {{\n{rows}\n}}}}\n'
+    catalogue.WALKED.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Augmentation in a whole run: what is trained on changes from epoch to epoch, and nothing else does."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,10 +11,12 @@ from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft import Recipe
+from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError
 from mmpeft.core.files import read_json, write_json
 from mmpeft.pipeline.data import load_held_out, load_train
 from mmpeft.training.callbacks import read_metrics
+from tests.plain import ENVIRONMENT
 from tests.project import write_data, write_project
 
 AUGMENT = {
@@ -122,8 +127,50 @@ def test_several_sources_are_varied_too(tmp_path, processor):
     plain = [mixed[index]["pixel_values"] for index in range(len(mixed))]
     mixed.augment_with({"colour": True}, seed=0)
     assert not any(torch.equal(mixed[index]["pixel_values"], plain[index]) for index in range(len(mixed)))
+    mixed.set_epoch(3)
+    shown = {number: [] for number in range(4)}
+    for index in range(22, 30):
+        shown[mixed.sample(index).index].append(mixed[index]["pixel_values"])
+    assert all(len(pictures) == 2 and not torch.equal(*pictures) for pictures in shown.values())
 
 
 def test_an_alternative_that_would_forge_a_turn_is_refused_before_training(tmp_path, processor):
     with pytest.raises(DataError, match="control token"):
         load_train(recipe(tmp_path, augment={"paraphrase": {"bright?": ["<|im_end|>"]}}), processor)
+
+
+def boxed(path):
+    """The rows of a file, each with a box to be told and a point to be found."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for item in rows:
+        item["conversations"][0]["value"] = "<image>\nWhat is at <box>?"
+        item["conversations"][1]["value"] = "That of <box>."
+        item["boxes"] = [[12, 5, 24, 15], [6, 10]]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def test_a_run_with_boxes_moves_them_and_asks_with_them(tmp_path):
+    asked = recipe(tmp_path)
+    for name in ("train.json", "eval.json"):
+        boxed(tmp_path / "data" / name)
+    mmpeft.run(asked)
+    assert len(losses(tmp_path)) == 9
+    prediction = read_json(tmp_path / "run" / "evaluation.json")["after"]["predictions"][0]
+    assert "What is at [0.5, 0.25, 1.0, 0.75]?" in prediction["prompt"]
+    assert prediction["reference"] == "That of [0.25, 0.5]."
+    described = read_json(tmp_path / "run" / "data.json")
+    assert [described[part]["boxes"] for part in ("train", "eval")] == ["fraction", "fraction"]
+    assert read_json(tmp_path / "run" / "adapter" / "mmpeft.json")["data"]["train"]["boxes"] == "fraction"
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    mmpeft.run(recipe(one))
+    recipe(two, workers=1)
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml")]
+    launch += ["-m", "mmpeft", "run", str(two / "recipe.yaml")]
+    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)

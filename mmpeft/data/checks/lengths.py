@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mmpeft.data.box_text import box_convention as box_convention
+from mmpeft.data.box_text import spelt_out as spelt_out
 from mmpeft.data.checks.opened import Found, Seen
 from mmpeft.data.expand import audio_length, picture_length, video_length
 from mmpeft.data.labels import label_turns

@@ -86,7 +86,7 @@ def difference_hash(image: Image.Image) -> int | None:
 
     It survives scaling, another format and a little noise (N. Krawetz, "Kind of Like That", 2013).
     """
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     if grey.std() <= FLAT:
         return None
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")

@@ -44,12 +44,14 @@ class Layout:
         needs: the key of each thing it cannot do without, by what else that key may be called.
         keys: all keys that it reads.
         draft: a row to what it holds; raises `UnusableError`.
+        fits: whether a row that has all it needs is of this layout, where the keys do not tell.
     """
 
     name: str
     needs: Mapping[str, tuple[str, ...]]
     keys: tuple[str, ...]
     draft: Callable[[Mapping[str, Any], Options], Draft]
+    fits: Callable[[Mapping[str, Any]], bool] = bool
 
     def found(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The row's own names of what the layout needs, as many as are there."""

@@ -10,10 +10,11 @@ from mmpeft.data.layouts.alpaca import ALPACA, QUERY
 from mmpeft.data.layouts.base import Layout
 from mmpeft.data.layouts.llava import LLAVA
 from mmpeft.data.layouts.messages import MESSAGES
+from mmpeft.data.layouts.pairs import PAIRS
 from mmpeft.data.layouts.triples import CAPTIONS, COLUMNS, TRIPLES
 from mmpeft.data.rows import UnusableError
 
-LAYOUTS: Sequence[Sequence[Layout]] = ((LLAVA, MESSAGES), (ALPACA, QUERY, TRIPLES), (CAPTIONS,))
+LAYOUTS: Sequence[Sequence[Layout]] = ((LLAVA, MESSAGES, PAIRS), (ALPACA, QUERY, TRIPLES), (CAPTIONS,))
 """All layouts; one of an earlier group is preferred, for it says more than those after it."""
 
 KEYS = tuple(dict.fromkeys(key for group in LAYOUTS for layout in group for key in layout.keys))
@@ -42,7 +43,7 @@ def detect_layout(row: Any, columns: Collection[str] = ()) -> Detected | None:
     """
     if not isinstance(row, dict):
         return None
-    groups = [[layout for layout in group if not layout.lacks(row)] for group in LAYOUTS]
+    groups = [[layout for layout in group if not layout.lacks(row) and layout.fits(row)] for group in LAYOUTS]
     meant = [layout for group in groups for layout in group if set(layout.found(row)) & set(columns)]
     for fitting in [meant] if meant else groups:
         if not fitting:

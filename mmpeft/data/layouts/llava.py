@@ -18,7 +18,17 @@ from mmpeft.config.names import did_you_mean, nearest
 from mmpeft.data.layouts.base import Layout, Options, Tags
 from mmpeft.data.layouts.objects import KEYS as BOX_KEYS
 from mmpeft.data.layouts.objects import boxes_of
-from mmpeft.data.rows import MEDIA_KEYS, MEDIA_ROW_KEYS, Draft, UnusableError, kind_of, media_of, text_of, with_system
+from mmpeft.data.rows import (
+    MEDIA_KEYS,
+    MEDIA_ROW_KEYS,
+    Draft,
+    UnusableError,
+    check_count,
+    kind_of,
+    media_of,
+    text_of,
+    with_system,
+)
 from mmpeft.data.types import WORDS, Role, Turn
 
 ROLES: Mapping[str, Role] = {
@@ -63,6 +73,7 @@ def _turns(row: Mapping[str, Any], held: str, tags: Tags) -> tuple[Turn, ...]:
         raise UnusableError(f"`conversations` is {kind_of(conversations)}; expected a list of turns")
     if not conversations:
         raise UnusableError(f"{held}an empty conversation; expected at least a human turn and a gpt turn")
+    check_count(conversations)
     return tuple(_turn(item, number, tags) for number, item in enumerate(conversations))
 
 

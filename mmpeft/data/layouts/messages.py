@@ -34,6 +34,7 @@ PARTS: Mapping[str, Modality] = {
 }
 _TEXTS = ("text", "input_text", "output_text")
 _WEIGHTS = ("loss", "loss_scale", "loss_weight")
+_TOOLS = ("tool", "tool_call", "tool_response", "function", "observation")
 _Found = dict[Modality, list[str]]
 
 
@@ -70,6 +71,8 @@ def _turn(item: Any, number: int, media: _Found) -> Turn:
             keys = ", ".join(f"`{key}`" for key in item) or "none"
             raise UnusableError(f"message {number} has no `{key}` (its keys: {keys}); expected `role` and `content`")
     role = text_of(item["role"], f"`role` of message {number}")
+    if role in _TOOLS:
+        raise UnusableError(f"message {number} is from {role!r}; tools are not trained on: leave the sample out")
     if role not in ROLES:
         raise UnusableError(f"message {number} is from {role!r}{did_you_mean(role, ROLES)}")
     for key in ("tool_calls", "function_call"):

@@ -6,7 +6,8 @@
     {"objects": {"ref": ["the digit"], "bbox": [[12, 40, 80, 96]], "bbox_type": "real", "image_id": [0]},
      "messages": [… "<image>Where is <ref-object>?" … "At <bbox>." …]}
 
-A box is x1, y1, x2, y2, a point x, y; `box_unit` is pixels (the default), fraction or thousandths.
+A box is x1, y1, x2, y2, a point x, y; `box_unit` is pixels (the default), fraction or thousandths. A box of another
+picture than the first may also be written `{"box": [7, 9], "image": 1}`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ def boxes_of(row: Mapping[str, Any]) -> tuple[Box, ...]:
 def _box(item: Any, number: int, unit: BoxUnit, picture: Any = 0) -> Box:
     values = item
     if isinstance(item, dict):
-        values, picture = item.get("values"), item.get("picture", picture)
+        values, picture = item.get("values", item.get("box")), item.get("picture", item.get("image", picture))
     if not isinstance(values, list) or len(values) not in (2, 4):
         raise UnusableError(f"box {number} is no list of 2 or 4 numbers; write [x1, y1, x2, y2], or [x, y] of a point")
     for value in values:

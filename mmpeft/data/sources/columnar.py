@@ -77,7 +77,8 @@ def columnar_rows(paths: Sequence[Path], *, root: Path, features: datasets.Featu
 
 def _opened(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     if path.suffix.lower() == ".parquet":
-        file = pq.ParquetFile(path)
+        # Without it pyarrow keeps every row group that it has read.
+        file = pq.ParquetFile(path, pre_buffer=False)
         return file.schema_arrow, file.iter_batches(batch_size=BATCH)
     reader = pa.ipc.open_stream(pa.memory_map(str(path)))
     pieces = (batch.slice(start, BATCH) for batch in reader for start in range(0, len(batch), BATCH))

@@ -1,25 +1,39 @@
 """What kind of container a path names, by its ending and, for folders, by what lies in it."""
 
+import os
 import re
 from pathlib import Path
 
 from mmpeft.core.errors import DataError
+from mmpeft.core.lazy import LazyModule
 from mmpeft.data.reading import check_file, read_objects
-from mmpeft.data.sources import columnar, saved, shards, tables
+from mmpeft.data.sources import shards, tables
 from mmpeft.data.sources.base import Container, content_digest, some
 from mmpeft.data.sources.folder import media_folder
+
+# Lazy, for `datasets` brings torch, which a check of JSON, tables, folders and tars can do without.
+columnar = LazyModule("mmpeft.data.sources.columnar")
+saved = LazyModule("mmpeft.data.sources.saved")
 
 EXPECTED = (
     "a folder of pictures with metadata.jsonl or text files beside them, of .tar shards, of .parquet files, or one "
     "that datasets' save_to_disk wrote"
 )
+SAVED = ("state.json", "dataset_dict.json")
+"""One of these lies in a folder that `save_to_disk` wrote."""
+
 _DATA_FILES = (".json", ".jsonl", ".csv", ".tsv")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a source is a hub data set; also where `pathlib` has taken one of the slashes away."""
+    return text.startswith("hf:/")
 
 
 def is_source(path: Path | str) -> bool:
     """Whether something lies at `path` that could be a data source; a hub name is taken at its word."""
     found = Path(path)
-    return saved.is_hub_name(str(path)) or found.exists() or (shards.is_pattern(found) and found.parent.is_dir())
+    return is_hub_name(str(path)) or os.path.exists(found) or (shards.is_pattern(found) and found.parent.is_dir())
 
 
 def open_container(path: Path | str) -> Container:
@@ -28,12 +42,13 @@ def open_container(path: Path | str) -> Container:
     Raises:
         DataError: there is none, or none that can be read.
     """
-    if saved.is_hub_name(str(path)):
+    if is_hub_name(str(path)):
         return saved.hub_dataset(str(path))
     path = Path(path)
     if shards.is_pattern(path):
         return shards.shards(shards.expand(path), path.parent)
-    if path.is_dir():
+    # Not pathlib's, which raises where a name is too long.
+    if os.path.isdir(path):
         return _folder(path)
     check_file(path)
     suffix = path.suffix.lower()
@@ -54,7 +69,7 @@ def open_container(path: Path | str) -> Container:
 
 
 def _folder(folder: Path) -> Container:
-    if saved.is_saved(folder):
+    if any((folder / name).is_file() for name in SAVED):
         return saved.saved_dataset(folder)
     if archives := _alike(folder, ".tar"):
         return shards.shards(archives, folder)

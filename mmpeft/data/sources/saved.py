@@ -23,16 +23,6 @@ _HUB = re.compile(
 _STATE, _DICT, _INFO = "state.json", "dataset_dict.json", "dataset_info.json"
 
 
-def is_hub_name(text: str) -> bool:
-    """Whether a source is a hub data set; also where `pathlib` has taken one of the slashes away."""
-    return text.startswith("hf:/")
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote a folder."""
-    return (folder / _STATE).is_file() or (folder / _DICT).is_file()
-
-
 def saved_dataset(folder: Path) -> Container:
     """The rows of a directory that `save_to_disk` wrote.
 

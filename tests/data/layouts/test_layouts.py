@@ -42,6 +42,7 @@ WITH_IMAGE = [
     chat([{"type": "image_url", "value": "a.png"}, {"type": "text", "value": Q}], A),
     chat([{"type": "image"}, {"type": "text", "text": Q}], A, images=["a.png"]),
     chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": Q}], A),
+    {"conversation": [{"human": f"<image>{Q}", "assistant": A}], "images": ["a.png"]},
     {"instruction": f"<image>{Q}", "input": "", "output": A, "images": ["a.png"]},
     {"query": f"<image>{Q}", "response": A, "history": [], "images": ["a.png"]},
     {"image": "a.png", "question": f"<image>{Q}", "answer": A},
@@ -112,10 +113,14 @@ BAD = {
     "message 1 sets `loss` to False; every answer is trained on alike": {
         "messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A, "loss": False}]
     },
+    "message 1 is from 'tool_call'; tools are not trained on": {
+        "messages": [{"role": "user", "content": Q}, {"role": "tool_call", "content": A}]
+    },
+    "`assistant` of pair 0 is null; expected a string": {"conversation": [{"human": Q}]},
     "message 0 has no `content` (its keys: `role`)": {"messages": [{"role": "user"}]},
     "message 0 is from 'usr'; did you mean 'user'?": {"messages": [{"role": "usr", "content": Q}]},
     "message 1 (from assistant) has an empty content": chat(Q, ""),
-    "the last turn is from user; expected a assistant turn": chat(Q),
+    "the last turn is from user; expected an assistant turn": chat(Q),
     "both a `system` key and a system turn": row({"from": "system", "value": "s"}, human(Q), gpt(A), system="s"),
     "`history` is a string; expected a list of [question, answer]": {"query": Q, "response": A, "history": "x"},
     "entry 0 of `history` is no [question, answer]": {"query": Q, "response": A, "history": [["a"]]},
@@ -191,6 +196,13 @@ def test_a_column_map_that_fits_nothing_says_what_it_might_mean(tmp_path):
         describe(path, columns={"question": "farge"})
     with pytest.raises(DataError, match="to 'questoin', which no layout reads; did you mean 'question'"):
         describe(path, columns={"questoin": "frage"})
+
+
+def test_a_row_of_another_layout_than_those_before_is_named(tmp_path):
+    _, second, third = read_rows(write_lines(tmp_path / "a.jsonl", [row(), chat(Q, A), {"id": "x"}]))
+    assert second.problem.reason.startswith("it is of another layout (chat messages (OpenAI")
+    assert "than the rows before (LLaVA/ShareGPT); part the two" in second.problem.reason
+    assert "no `conversations`; add human and gpt turns" in third.problem.reason
 
 
 def test_two_columns_that_could_be_the_question_are_asked_about(tmp_path):

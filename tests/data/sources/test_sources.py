@@ -1,6 +1,7 @@
 """Containers other than JSON: what their rows become, that their media open, and what is said of damaged ones."""
 
 import json
+import os
 import re
 import tarfile
 
@@ -8,14 +9,20 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.arrow import cached_rows, row_of
+from mmpeft.data.convert import convert_data
+from mmpeft.data.dataset import load_dataset
 from mmpeft.data.formats import describe, is_source, read_rows, read_samples, source_root
 from mmpeft.data.media import load_image
 from mmpeft.data.mend import mend_data
+from mmpeft.data.sources.columnar import BATCH
 from tests.data.files import gpt, human, picture, row, write_lines
 from tests.data.sources.files import COLOURS, png, tar
+from tests.tiny import tiny_processor
 
 
 def said(sample):
@@ -138,6 +145,17 @@ class TestParquet:
         ]
         asked, _ = cached_rows(path, columns={"question": "answer", "answer": "question"})
         assert row_of(asked[0]).sample.turns[1].text == "Which colour?"
+
+    def test_memory_is_that_of_some_rows_not_of_the_file(self, tmp_path):
+        schema = pa.schema({"image": pa.binary(), "text": pa.string()})
+        with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+            for _ in range(30):
+                rows = [{"image": os.urandom(20_000), "text": "t"} for _ in range(BATCH)]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+        before, most = pa.total_allocated_bytes(), 0
+        for _ in read_rows(tmp_path / "a.parquet"):
+            most = max(most, pa.total_allocated_bytes() - before)
+        assert most < 8_000_000 < (tmp_path / "a.parquet").stat().st_size / 4
 
     def test_damage_is_named(self, path, tmp_path):
         (tmp_path / "b.parquet").write_bytes(path.read_bytes()[:-20])
@@ -334,3 +352,36 @@ class TestSaved:
             describe("hf://nobody/nothing")
         with pytest.raises(DataError, match="is no hub data set; expected hf://owner/name"):
             describe("hf://a/b:train[:10]")
+
+
+class TestTraining:
+    """Every container goes the whole road, from its path to what the model takes."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    @pytest.mark.parametrize("to", ["messages", "swift", "llamafactory", "csv", "parquet", "webdataset", "folder"])
+    def test_a_converted_set_encodes_as_the_first_does(self, tmp_path, to):
+        rows = [row(human("<image>\nColour?"), gpt(colour), id=colour, image=f"{colour}.png") for colour in COLOURS]
+        for colour in COLOURS:
+            picture(tmp_path / f"{colour}.png", colour=colour)
+        path = write_lines(tmp_path / "in.jsonl", rows)
+        ending = {"csv": ".csv", "parquet": ".parquet", "webdataset": "", "folder": ""}.get(to, ".json")
+        out = tmp_path / f"out{ending}"
+        convert_data(path, out, to)
+        processor = tiny_processor()
+        first, second = load_dataset(path, processor=processor), load_dataset(out, processor=processor)
+        assert len(first) == len(second) == 3
+        for number in range(3):
+            for key, value in first[number].items():
+                assert torch.equal(value, second[number][key]), key
+
+    def test_embedded_pictures_are_encoded_in_workers(self, tmp_path):
+        columns = {"image": [embedded(colour) for colour in COLOURS], "text": list(COLOURS)}
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=1)
+        dataset = load_dataset(tmp_path / "a.parquet", processor=tiny_processor())
+        loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
+        pixels = [sample["pixel_values"].mean(dim=(-2, -1)).flatten() for sample in loader]
+        assert len(pixels) == 3
+        assert not torch.allclose(pixels[0], pixels[1])

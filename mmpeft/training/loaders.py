@@ -1,0 +1,81 @@
+"""Loaders whose global batches are the same on any number of processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from mmpeft.core.errors import DataError, RecipeError
+from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler, StreamBatchSampler, StreamCollator, StreamedRows
+from mmpeft.data.stream import StreamingDataset
+
+
+def global_loader(
+    dataset: Any, args: TrainingArguments, collator: Callable[..., Any], *, share_media: bool = False
+) -> DataLoader:
+    """A loader over an indexed data set, for one of any number of processes.
+
+    Args:
+        share_media: bring samples on the same media together; the data set has `media_key(index)`.
+
+    Raises:
+        RecipeError: a `train_sampling_strategy` that is made for one process.
+    """
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise RecipeError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r}: batches are cut so that they are the same on "
+            "any number of processes; use 'random' or 'sequential'"
+        )
+    sampler = GlobalBatchSampler(
+        length=len(dataset),
+        micro=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world=args.world_size,
+        rank=args.process_index,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        shuffle=args.train_sampling_strategy == "random",
+        media=dataset.media_key if share_media else None,
+    )
+    return _EpochLoader(BlankedDataset(dataset), batch_sampler=sampler, collate_fn=collator, **_workers(args))
+
+
+def stream_sampler(dataset: StreamingDataset, args: TrainingArguments) -> StreamBatchSampler:
+    """What cuts a stream for this process; `args.max_steps` says how much of it is read."""
+    return StreamBatchSampler(
+        dataset,
+        steps=args.max_steps,
+        micro=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world=args.world_size,
+        rank=args.process_index,
+    )
+
+
+def stream_loader(sampler: StreamBatchSampler, args: TrainingArguments, collator: Callable[..., Any]) -> DataLoader:
+    """A loader over a stream, for one process or one of several."""
+    rows = StreamedRows(sampler.stream)
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=StreamCollator(collator), **_workers(args))
+
+
+def _workers(args: TrainingArguments) -> dict[str, Any]:
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+    }
+
+
+class _EpochLoader(DataLoader):
+    """A DataLoader that hands the Trainer's epoch on to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def from_worker(error: DataError) -> DataError:
+    """An error as it was raised, without the traceback that torch puts before its message in a loader's worker."""
+    name = f"{DataError.__module__}.{DataError.__qualname__}: "
+    text = str(error)
+    return DataError(text.rpartition(name)[2].rstrip()) if text.startswith("Caught ") else error
