@@ -22,12 +22,13 @@ from pydantic import BaseModel
 import mmpeft
 from mmpeft.cli.main import app
 from mmpeft.config.recipe import Recipe
+from mmpeft.data.augment import augmentation_of
 from mmpeft.data.formats import parse_row
 from tests.plain import PRELUDE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNNABLE = ["adapters", "data", "distributed-cpu", "evaluate", "train"]
+RUNNABLE = ["adapters", "augment", "data", "distributed-cpu", "evaluate", "formats", "train"]
 
 FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -81,6 +82,8 @@ def test_recipes_parse(page, tmp_path):
         if isinstance(value, dict) and {"model", "data", "stages"} <= value.keys():
             (tmp_path / "recipe.yaml").write_text(block.text, encoding="utf-8")
             Recipe.from_yaml(tmp_path / "recipe.yaml")
+        elif page.stem == "augment" and block.file:
+            augmentation_of(value)
         else:
             pytest.fail(f"a YAML block of {page.name} is no whole recipe: {block.text[:60]!r}")
 
@@ -161,7 +164,8 @@ def test_the_page_on_recipes_names_every_key_and_no_other():
     text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     keys = {name for model in models_in(Recipe) for name in model.model_fields}
     tables = re.findall(r"^\| key \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
-    named = set(re.findall(r"^\| `(\w+)` \|", "".join(tables), re.MULTILINE))
+    cells = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", "".join(tables), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(cells)))
     assert named == keys
 
 

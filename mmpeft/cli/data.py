@@ -103,10 +103,11 @@ def _show_report(console: Console, report: Any) -> None:
         for message in messages:
             console.print(Text.assemble((f"{name}: ", style), message), soft_wrap=True)
     unsaid = report.error_count + report.warning_count - len(report.errors) - len(report.warnings)
-    if unsaid:
-        counts = ", ".join(f"{kind}: {count}" for kind, count in report.found.items())
-        console.print(f"{unsaid} more are not spelt out; in all {counts}", markup=False, soft_wrap=True)
-    console.print(f"{report.error_count} errors, {report.warning_count} warnings")
+    more = f", {unsaid} of them not spelt out" if unsaid else ""
+    counts = ", ".join(f"{kind} {count:,}" for kind, count in sorted(report.found.items()))
+    found = f": {counts}" if counts else ""
+    total = f"{report.error_count:,} errors, {report.warning_count:,} warnings{more}{found}"
+    console.print(total, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 from mmpeft.data.stream import Place, StreamingDataset, Taken
@@ -115,14 +116,17 @@ class StreamBatchSampler(Sampler[list[Place]]):
         left, epoch = self.steps, 0
         while left:
             places, rows = self.stream.places(epoch), 0
-            while left and (batch := list(islice(places, width * self.accumulation))):
-                rows += len(batch)
-                left -= 1
+            following = next(places, None)
+            if following is None:
+                raise DataError(f"{self.stream.path}: holds no sample any more; it was emptied while it was read")
+            while left and following is not None:
+                batch = [following, *islice(places, width * self.accumulation - 1)]
+                following = next(places, None)
+                left, rows = left - 1, rows + len(batch)
+                self.rows = rows if following is None else self.rows
                 for start in range(0, width * self.accumulation, width):
                     mine = _share(batch[start : start + width], self.world, self.rank)
                     yield mine or [batch[0]._replace(blank=True)]
-            if next(places, None) is None:
-                self.rows = rows
             epoch += 1
 
 

@@ -4,7 +4,6 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mmpeft.data.boxes import boxes_said
 from mmpeft.data.checks.balance import Balance
 from mmpeft.data.checks.opened import Found, Opened, Seen
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, print_of
+from mmpeft.data.checks.report import Report as Report
 from mmpeft.data.embedded import shown
 from mmpeft.data.formats import Description, Row, describe, read_rows, source_root
 from mmpeft.data.load_media import MediaLimits, placed
@@ -29,9 +29,6 @@ lengths = LazyModule("mmpeft.data.checks.lengths")
 EXTREME_ASPECT_RATIO = 10
 """Long side by short side from which little of a picture is left when it is scaled to a square."""
 
-MOST_MESSAGES = 50
-"""Messages of a kind that a report spells out; the rest are counted."""
-
 MOST_KINDS = 1000
 """Distinct kinds, and unknown keys, that a report counts apart."""
 
@@ -43,61 +40,6 @@ _KINDS_OF_ERROR = {
     "a system turn": "turn order",
     "empty": "empty",
 }
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What `check_data` found.
-
-    Attributes:
-        samples: usable rows; `errors` names the others.
-        pictures, videos, audios: distinct media that were decoded.
-        turns: human and gpt turns of the usable rows.
-        kinds: usable rows by their `kind`; "" for those without.
-        errors: what keeps samples, or the file, from being used, and leaks, each with file and line.
-        warnings: what can be used and may not be meant.
-        found: how many of each kind of error and warning there are; `errors` and `warnings` spell out at most
-            `MOST_MESSAGES` of a kind.
-        error_count, warning_count: of all kinds.
-        lengths: `unit` ("tokens" or "characters"), `min`, `median`, `p95`, `max` of the usable samples, and `cut`,
-            how many are longer than `max_length`; empty without samples.
-        answers: the most frequent short answers.
-        boxes: boxes and points of the usable rows, looked for in their pictures where these were opened.
-        convention: how the model's family writes them; "" without a model, or without boxes.
-        source: what was checked, and why it is read so; None if it cannot be read at all.
-    """
-
-    samples: int = 0
-    pictures: int = 0
-    videos: int = 0
-    audios: int = 0
-    turns: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    found: dict[str, int] = field(default_factory=dict)
-    error_count: int = 0
-    warning_count: int = 0
-    lengths: dict[str, Any] = field(default_factory=dict)
-    answers: dict[str, int] = field(default_factory=dict)
-    boxes: int = 0
-    convention: str = ""
-    source: Description | None = None
-
-    def error(self, kind: str, message: str) -> None:
-        """Count an error, and keep it among the first of its kind."""
-        self.error_count += 1
-        self._add(self.errors, kind, message)
-
-    def warn(self, kind: str, message: str) -> None:
-        """Count a warning, and keep it among the first of its kind."""
-        self.warning_count += 1
-        self._add(self.warnings, kind, message)
-
-    def _add(self, messages: list[str], kind: str, message: str) -> None:
-        self.found[kind] = self.found.get(kind, 0) + 1
-        if self.found[kind] <= MOST_MESSAGES:
-            messages.append(message)
 
 
 def check_data(
@@ -229,7 +171,10 @@ class _Check:
         self.kinds: Counter[str] = Counter()
         self.ignored: dict[str, int] = {}
         self.lengths, self.balance = array("I"), Balance()
-        self.extreme: list[str] = []
+        self.cut, self.longest = 0, (0, 0)
+        # What is to be said of pictures, where a usable sample names them first.
+        self.shapes: dict[str, str] = {}
+        self.likes: dict[str, str] = {}
 
     def looks(self, new: list[Medium]) -> None:
         """Judge pictures that were just read: their shape, and whether they look like held-out ones."""
@@ -239,13 +184,12 @@ class _Check:
                 continue
             name = shown(medium[1])
             if max(seen[:2]) > EXTREME_ASPECT_RATIO * min(seen[:2]):
-                self.extreme.append(f"{self.path}: picture {name!r} is {seen.width} x {seen.height}, an extreme shape")
+                self.shapes[medium[1]] = f"picture {name!r} is {seen.width} x {seen.height}, an extreme shape"
             near = self.held_out.near.find(seen.look) if self.held_out and seen.look is not None else None
             if near and self.held_out:
-                self.report.warn(
-                    "looks held out",
-                    f"{self.path}: picture {name!r} looks like {near[0]!r} of {self.held_out.path} "
-                    f"({near[1]} of 64 bits differ); leave it out of one of the two",
+                self.likes[medium[1]] = (
+                    f"picture {name!r} looks like {near[0]!r} of {self.held_out.path} "
+                    f"({near[1]} of 64 bits differ); leave it out of one of the two"
                 )
 
     def row(self, row: Row) -> None:
@@ -281,7 +225,7 @@ class _Check:
         for note in self.media.notes(sample):
             self.report.warn(note.kind, f"{where}: {note.text}")
         try:
-            self.lengths.append(self._length(sample, media))
+            self._measure(sample, media)
         except DataError as error:
             self.report.error("chat template", f"{where}: {error}")
             return
@@ -289,6 +233,9 @@ class _Check:
         self.report.turns += sum(turn.role != "system" for turn in sample.turns)
         self.kinds[sample.kind if sample.kind in self.kinds or len(self.kinds) < MOST_KINDS else "(others)"] += 1
         self._repeats(sample, where)
+        for name in sample.images if self.shapes else ():
+            if text := self.shapes.pop(name, ""):
+                self.report.warn("extreme shape", f"{where}: {text}")
         for number, turn in enumerate(sample.turns):
             if turn.role != "assistant":
                 continue
@@ -300,15 +247,28 @@ class _Check:
         place = Place(sample.index, sample.line)
         if first := self.ids.first(print_of(sample.id), place):
             self.report.warn("same id", f"{where}: the same id as {first}")
-        names = (*sample.images, *sample.videos, *sample.audios)
-        boxes = map(repr, sample.boxes)
-        said = print_of(*(part for turn in sample.turns for part in (turn.role, turn.text)), *names, *boxes)
-        if first := self.conversations.first(said, place):
+        said = (part for turn in sample.turns for part in (turn.role, turn.text))
+        print_ = print_of(*said, *_media(sample, self.media), *map(repr, sample.boxes))
+        if first := self.conversations.first(print_, place):
             self.report.warn("duplicate", f"{where}: the same pictures and conversation as {first}")
-        if self.held_out and (held := self.held_out.questions.get(_question(sample, self.media))):
+        if self.held_out is None:
+            return
+        if held := self.held_out.questions.get(_question(sample, self.media)):
             self.report.error(
-                "leak", f"{where}: the same pictures and question as {held} of {self.held_out.path}; remove one of them"
+                "leak",
+                f"{where}: the same pictures and question as {held} of {self.held_out.path}; remove one of them",
             )
+            return
+        for name in sample.images if self.likes else ():
+            if text := self.likes.pop(name, ""):
+                self.report.warn("looks held out", f"{where}: {text}")
+
+    def _measure(self, sample: Sample, media: Sequence[Found | None]) -> None:
+        length = self._length(sample, media)
+        self.lengths.append(length)
+        self.longest = max(self.longest, (length, -sample.line))
+        if self.max_length is not None and length > self.max_length:
+            self.cut = self.cut or sample.line
 
     def _length(self, sample: Sample, media: Sequence[Found | None]) -> int:
         if self.processor is None:
@@ -323,16 +283,22 @@ class _Check:
         report.kinds = dict(sorted(self.kinds.items()))
         counts = self.media.counts
         report.pictures, report.videos, report.audios = counts["image"], counts["video"], counts["audio"]
-        for message in self.extreme:
-            report.warn("extreme shape", message)
         for key, line in self.ignored.items():
-            report.warn("unknown key", f"{self.path}:{line}: the key {key!r} is not known and not used (here first)")
+            report.warn(
+                "unknown key", f"{self.path}:{line}: the key {shorten(key)!r} is not known and not used (here first)"
+            )
         for message in self.balance.warnings():
             report.warn("balance", f"{self.path}: {message}")
         report.answers = self.balance.top()
         report.lengths = self._distribution()
         if cut := report.lengths.get("cut"):
-            report.warn("cut", f"{self.path}: {cut} samples are longer than {self.max_length} {report.lengths['unit']}")
+            longest, line = self.longest
+            report.warn(
+                "cut",
+                f"{self.path}:{self.cut}: {cut} of {report.samples} samples {'is' if cut == 1 else 'are'} longer than "
+                f"{self.max_length} {report.lengths['unit']} (here first; the longest, of {longest}, in line {-line}): "
+                "training cuts their ends off",
+            )
         if not report.samples and not report.error_count:
             report.error("file", f"{self.path}: holds no sample")
 

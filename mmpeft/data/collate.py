@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 from mmpeft.data.expand import AUDIO_IN_VIDEO
-from mmpeft.families.registry import family_of_processor
+from mmpeft.families.catalogue import takes_supervised_logits
 
 TEXT_ALIGNED = frozenset({"token_type_ids", "mm_token_type_ids"})
 """Keys of a sample beside `input_ids` and `labels` that hold one number a token."""
@@ -37,7 +37,8 @@ class MultimodalCollator:
     Args:
         processor: a transformers processor; its tokenizer's padding token is used.
         pad_to_multiple_of: round the number of columns up to a multiple of this.
-        supervised_only: add `logits_to_keep` and `shift_labels`; default: where the family is known to take them.
+        supervised_only: add `logits_to_keep` and `shift_labels`; default: where every model type of the
+            processor is known to take them.
     """
 
     def __init__(
@@ -47,8 +48,7 @@ class MultimodalCollator:
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(identifier for identifier in candidates if identifier is not None)
         self.pad_to_multiple_of = pad_to_multiple_of
-        spec = family_of_processor(processor)
-        self.supervised_only = bool(spec and spec.supervised_logits) if supervised_only is None else supervised_only
+        self.supervised_only = takes_supervised_logits(processor) if supervised_only is None else supervised_only
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The samples of `encode_sample` as one batch."""

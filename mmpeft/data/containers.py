@@ -55,11 +55,21 @@ def opened(path: MediaFile, name: str, *, kind: str, extra: str) -> Iterator[Any
     try:
         with (
             path.open("rb") as file,
-            av.open(file, "r", container_options={"format_whitelist": DEMUXERS}, io_open=_open_nothing) as container,
+            av.open(
+                file,
+                "r",
+                container_options={"format_whitelist": DEMUXERS},
+                # Titles in Latin-1 and the like are no reason to refuse a film.
+                metadata_errors="replace",
+                io_open=_open_nothing,
+            ) as container,
         ):
             yield container
-    except av.error.MemoryError:
-        raise
+    except av.error.MemoryError as error:
+        raise DataError(
+            f"{kind} {name!r} asks for more memory than there is, which corrupt sizes do too; replace it, or remove "
+            "its sample"
+        ) from error
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(
             f"{kind} {name!r} is corrupt, truncated or of an unknown format ({type(error).__name__}: "

@@ -29,6 +29,9 @@ from mmpeft.core.errors import DataError
 MAX_MEDIUM_BYTES = 64 << 20
 """Bytes of the largest medium that is taken out of a URL or a table; a tar's members are not held in memory."""
 
+MAX_ROW_GROUP = 2 << 30
+"""Bytes, uncompressed, of the largest row group of a parquet file that is read."""
+
 MEMBER = "::"
 """Stands between a container's path and its member's name."""
 
@@ -208,11 +211,27 @@ def _starts(key: _Key) -> list[int]:
     return starts
 
 
+def check_row_group(file: pq.ParquetFile, number: int, path: Path) -> None:
+    """See that a row group is not too large to be read whole.
+
+    Raises:
+        DataError: it is.
+    """
+    size = file.metadata.row_group(number).total_byte_size
+    if size > MAX_ROW_GROUP:
+        raise DataError(
+            f"{path}: row group {number} has {size} bytes; at most {MAX_ROW_GROUP} are read: write it with smaller "
+            "row groups"
+        )
+
+
 @functools.lru_cache(maxsize=4)
 def _block(key: _Key, number: int, column: str) -> Any:
     """One column of one row group (in memory, as parquet is compressed) or record batch (a view of the file)."""
     if key[0].suffix.lower() == ".parquet":
-        return pq.ParquetFile(key[0]).read_row_group(number, columns=[column]).column(column)
+        file = pq.ParquetFile(key[0])
+        check_row_group(file, number, key[0])
+        return file.read_row_group(number, columns=[column]).column(column)
     # The map stays open as long as the array that points into it.
     reader = pa.ipc.open_stream(pa.memory_map(str(key[0])))
     return next(batch for place, batch in enumerate(reader) if place == number).column(column)

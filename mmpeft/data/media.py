@@ -14,7 +14,6 @@ from PIL import (
     ExifTags,
     GifImagePlugin,
     Image,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -43,6 +42,17 @@ LEAST_HALF_PIXELS, MOST_HALVED_PIXELS = 16_000_000, 256_000_000
 progressive one takes 3 to 6 bytes a pixel before it can be halved."""
 
 OPAQUE = 255
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
 _ON_ITS_SIDE = (5, 6, 7, 8)
 """EXIF orientations by which width and height change places."""
 
@@ -68,17 +78,12 @@ def resolve_picture(name: str | Path, *, root: Path) -> MediaFile:
 
 
 def check_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels of a picture, from its header alone, before EXIF orientation.
+    """(width, height) in pixels of a picture as `load_image` gives it, from its header alone.
 
     Raises:
         DataError: as `resolve_picture`; or the file is empty, no picture, or larger than the limits.
     """
-    path = resolve_picture(name, root=root)
-    try:
-        with path.open("rb") as file:
-            return _open(file, shown(name), max_image_pixels)[0].size
-    except OSError as error:
-        raise DataError(f"picture {shown(name)!r} cannot be read: {error.strerror or error}") from error
+    return upright_sizes(name, root=root, max_image_pixels=max_image_pixels)[1]
 
 
 def upright_sizes(
@@ -97,10 +102,21 @@ def upright_sizes(
             image, stored = _open(file, shown(name), max_image_pixels)
             # A PNG that does not say it before its pixels would be decoded for it.
             told = image.format != "PNG" or "exif" in image.info
-            turned = told and image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+            turned = told and _orientation(image) in _ON_ITS_SIDE
     except OSError as error:
         raise DataError(f"picture {shown(name)!r} cannot be read: {error.strerror or error}") from error
     return (stored[::-1], image.size[::-1]) if turned else (stored, image.size)
+
+
+def _orientation(image: ImageFile) -> int:
+    """How a picture is to be turned, by EXIF's numbers; 1, not at all, where EXIF says nothing or is broken."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1  # PIL turns TIFF itself, and gives its size as it is then
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # Broken metadata, which make PIL raise anything from SyntaxError to struct.error, are no broken picture.
+    except Exception:
+        return 1
 
 
 class Note(NamedTuple):
@@ -156,9 +172,11 @@ def _load(
                 raise DataError(
                     f"picture {shown(name)!r} has floating-point pixels; save it with 8 or 16 bits a channel"
                 )
-            return result(image, stored, to_rgb(ImageOps.exif_transpose(image)))
-    except (DataError, MemoryError):
+            return result(image, stored, to_rgb(_upright(image)))
+    except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(f"picture {shown(name)!r} needs more memory than there is; scale it down") from error
     # A corrupt file makes PIL's plugins raise anything from OSError to zlib.error; each means the same here.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -186,6 +204,11 @@ def _notes(image: ImageFile, stored: tuple[int, int], name: str) -> Iterator[Not
         yield Note("animation", f"picture {name!r} has {frames} frames; the first is used")
 
 
+def _upright(image: ImageFile) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image.copy() if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL picture of integer pixels as RGB (itself if it is): transparency over white, 16-bit grey scaled to 8."""
     if image.mode.startswith("I"):
@@ -205,7 +228,7 @@ def _open(file: BinaryIO, name: str, max_image_pixels: int) -> tuple[ImageFile, 
     """The picture with its header read and its size within the limits, and its size as stored; nothing is decoded."""
     prefix = file.read(HEAD_BYTES)
     if not prefix:
-        raise DataError(f"picture {name!r} is an empty file (0 bytes)")
+        raise DataError(f"picture {name!r} is an empty file (0 bytes); replace it, or remove its sample")
     for identifier in FORMATS:
         factory, accept = Image.OPEN[identifier]
         if accept is None or accept(prefix) is not True:

@@ -13,7 +13,7 @@ from mmpeft.core.files import write_json, write_text
 from mmpeft.data.checks.prints import Place, PlaceTable, print_of
 from mmpeft.data.formats import Row, row_parser
 from mmpeft.data.load_media import MediaLimits, placed
-from mmpeft.data.media import load_image
+from mmpeft.data.pictures import media_names, read_medium
 from mmpeft.data.reading import Located, read_objects
 from mmpeft.data.types import IMAGE_PLACEHOLDER, Sample
 
@@ -39,7 +39,7 @@ def mend_data(
 
     Mended are: halves of surrogate pairs (replaced by U+FFFD), white space around answers, pictures without any
     `<image>` (put before the first human turn). Left out are repeated samples and rows that are still no sample or
-    whose picture cannot be read, or does not hold their box. Picture paths stay as they are, and so do keys:
+    one of whose media cannot be read, or does not hold their box. Picture paths stay as they are, and so do keys:
     `columns` and `question` (as `read_rows` takes them) only say how the rows are read.
 
     Returns:
@@ -86,8 +86,9 @@ def _mended(
                     raise DataError(parsed.problem.located(path) if parsed.problem else "unreadable row")
                 sample = parsed.sample
                 if root is not None:
-                    for name in sample.images:
-                        load_image(name, root=root)
+                    for medium in media_names(sample):
+                        if isinstance(fault := read_medium("decode", root, MediaLimits(), medium), str):
+                            raise DataError(fault)
                     placed(sample, root=root, limits=MediaLimits())
             except DataError as error:
                 _drop(changes, place, _whole(located.value), str(error))

@@ -66,7 +66,7 @@ def read_objects(path: Path) -> Iterator[Located]:
             file.seek(0)
             yield from _read_lines(file, path) if lines else _read_array(file, path)
     except UnicodeDecodeError as error:
-        raise _encoding_error(path) from error
+        raise encoding_error(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -94,7 +94,7 @@ def check_file(path: Path) -> None:
     raise DataError(f"{path}: no such file{beside}")
 
 
-def _encoding_error(path: Path) -> DataError:
+def encoding_error(path: Path) -> DataError:
     """Where and why a file is not UTF-8, found in pieces, for its lines may be of any length."""
     line, column, rest = 1, 1, b""
     with path.open("rb") as file:

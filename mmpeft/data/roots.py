@@ -8,10 +8,11 @@ data:image/png;base64,iVBORw0…         the medium itself
 
 import re
 import urllib.parse
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.embedded import Embedded, data_url, member_of, shown, split_member
+from mmpeft.data.suffixes import SUFFIXES
 
 MediaFile = Path | Embedded
 """Something with `open("rb")` and `stat().st_size`."""
@@ -63,5 +64,20 @@ def _file_inside(text: str, root: Path, kind: str) -> Path:
         )
     if not path.is_file():
         found = "is no regular file" if path.exists() else "does not exist"
-        raise DataError(f"{kind} {text!r} {found} (tried {path}); correct the path, or set media_root")
+        near = _near(base, text)
+        advice = f"there is {near!r}: write that" if near else "correct the path, or set media_root"
+        raise DataError(f"{kind} {text!r} {found} (tried {path}); {advice}")
     return path
+
+
+def _near(base: Path, text: str) -> str:
+    """A file that the name may have meant: with / for a backslash, or with another ending; "" if there is none."""
+    path = PurePosixPath(text.replace("\\", "/"))
+    suffixes = next((alike for alike in SUFFIXES.values() if path.suffix.lower() in alike), ())
+    names = [path, *(path.with_suffix(suffix) for suffix in suffixes)]
+    names += [path.with_suffix(suffix.upper()) for suffix in suffixes]
+    for name in names:
+        found = (base / name).resolve()
+        if found.is_relative_to(base) and found.is_file():
+            return str(name)
+    return ""

@@ -28,7 +28,7 @@ from mmpeft.data.encode import Encoded
 from mmpeft.data.formats import Row, fingerprint, read_rows, row_parser
 from mmpeft.data.lines import LineAt, line_places, read_line
 from mmpeft.data.prepare import Preparation
-from mmpeft.data.problems import Problem, problems_error
+from mmpeft.data.problems import problems_error
 from mmpeft.data.reading import Located
 from mmpeft.data.types import SkippedSample
 from mmpeft.data.verify import verify_rows
@@ -46,11 +46,16 @@ SKIP_GRACE = 1_000
 
 
 class Place(NamedTuple):
-    """A row and the epoch it is taken for; `blank` asks for it without a label."""
+    """A row and the epoch it is taken for; `blank` asks for it without a label.
+
+    Attributes:
+        source: which source of a `StreamedMixture`.
+    """
 
     epoch: int
     row: LineAt | Row
     blank: bool = False
+    source: int = 0
 
 
 class Taken(list[Encoded]):
@@ -64,7 +69,8 @@ class StreamingDataset(IterableDataset[Encoded]):
 
     `MultimodalTrainer` shares its rows out over processes and workers, each exactly once an epoch, and goes on
     from a checkpoint without opening the media of what it passes over. In a plain loader it is an
-    `IterableDataset` that shares rows out over the loader's workers.
+    `IterableDataset` that shares rows out over the loader's workers; the plain Trainer needs
+    `accelerator_config={"dispatch_batches": False}` for it.
 
     Nothing is verified but the first `HEAD` rows. Under `on_error="skip"` a sample that cannot be used leaves its
     place in the batch empty: that step has one sample less.
@@ -159,44 +165,47 @@ class StreamingDataset(IterableDataset[Encoded]):
         Raises:
             DataError: a sample cannot be used: names file, line, sample and reason.
         """
-        taken, skipped = Taken(), []
-        for place in places:
-            found = self._usable(place)
-            if isinstance(found, Problem):
-                skipped.append(
-                    SkippedSample(file=str(self.path), index=found.index, line=found.line, reason=found.reason)
-                )
-            else:
-                taken.append(_without_labels(found) if place.blank else found)
-        taken.skipped = tuple(skipped)
-        if not taken:
-            taken.append(self._stand_in())
-        return taken
+        return take_from([self], places)
 
-    def _usable(self, place: Place) -> Encoded | Problem:
-        """The sample at a place; or, where such samples are skipped, why it cannot be used."""
+    def usable(self, place: Place) -> Encoded | SkippedSample:
+        """The sample at a place; or, where such samples are skipped, why it cannot be used.
+
+        Raises:
+            DataError: it cannot be used, and such samples are not skipped.
+        """
         row = self.row(place)
         if row.sample is None:
             assert row.problem is not None
             if self.on_error == "error":
                 raise problems_error(self.path, [row.problem], advice="correct the file, or use on_error: skip")
-            return row.problem
+            return self._skipped(row.problem.index, row.problem.line, row.problem.reason)
         try:
-            return self._prepare(row.sample, epoch=place.epoch)
+            encoded = self._prepare(row.sample, epoch=place.epoch)
         except DataError as error:
             if self.on_error == "error":
                 raise
-            sample = row.sample
-            return Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error.__cause__ or error))
+            return self._skipped(row.sample.index, row.sample.line, str(error.__cause__ or error))
+        return _without_labels(encoded) if place.blank else encoded
 
-    def _stand_in(self) -> Encoded:
+    def _skipped(self, index: int, line: int, reason: str) -> SkippedSample:
+        return SkippedSample(file=str(self.path), index=index, line=line, reason=reason)
+
+    def stand_in(self) -> Encoded:
+        """The first sample that can be used, without a label.
+
+        Raises:
+            DataError: there is none.
+        """
         if self._filler is None:
-            usable = (self._usable(Place(0, row)) for row in self._rows())
-            found = next((sample for sample in usable if not isinstance(sample, Problem)), None)
-            if found is None:
-                raise DataError(f"{self.path}: no sample can be used")
-            self._filler = _without_labels(found)
+            usable = (self.usable(Place(0, row, blank=True)) for row in self._rows())
+            self._filler = next((sample for sample in usable if not isinstance(sample, SkippedSample)), None)
+        if self._filler is None:
+            raise DataError(f"{self.path}: no sample can be used")
         return self._filler
+
+    def count(self) -> int:
+        """How many rows there are; reads the file, at some 600 MiB a second where it is JSON Lines."""
+        return sum(1 for _ in self._rows())
 
     def allowed(self, seen: int) -> int:
         """How many samples may have been skipped after `seen` of them."""
@@ -231,6 +240,21 @@ class StreamingDataset(IterableDataset[Encoded]):
                 self.path, findings.problems, advice=f"{advice} (the first {HEAD} rows were looked at)"
             )
         return [row for row in rows if row.sample is not None and row.sample.index not in bad]
+
+
+def take_from(sources: Sequence[StreamingDataset], places: Sequence[Place]) -> Taken:
+    """The samples at places of some sources; see `StreamingDataset.take`."""
+    taken, skipped = Taken(), []
+    for place in places:
+        found = sources[place.source].usable(place)
+        if isinstance(found, SkippedSample):
+            skipped.append(found)
+        else:
+            taken.append(found)
+    taken.skipped = tuple(skipped)
+    if not taken:
+        taken.append(sources[places[0].source].stand_in())
+    return taken
 
 
 def _without_labels(sample: Encoded) -> Encoded:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmpeft.core.types import PARTS, Part
-from mmpeft.families.registry import FAMILIES
+from mmpeft.families.registry import FAMILIES, family_of_processor
 from mmpeft.families.spec import FamilySpec
 
 WALKED = Path(__file__).with_name("walked.json")
@@ -20,8 +20,11 @@ WALKED = Path(__file__).with_name("walked.json")
     step             "picture" or "text": what it was trained on
     parts, found     what inspection finds, and how (types without a file of facts)
     modalities       the same
+    processor        the class that transformers maps to it; null: none
+    supervised       whether its forward takes `logits_to_keep` as indices, and its loss `shift_labels`
     data             whether its processor lets `encode_sample` write pictures into a row of tokens; null: it has none
     exclude_modules  modules that LoRA has to leave out
+    needs            a library that the type needs, which mmpeft does not install
     auto_class       false where the auto class does not give back the base model that was saved
     note             what else a user should know
     reason           why it is not supported; then there is no step
@@ -83,6 +86,16 @@ def catalogue() -> tuple[Entry, ...]:
     )
 
 
+def takes_supervised_logits(processor: Any) -> bool:
+    """Whether every model type of this processor was tested to train on the logits of supervised positions alone."""
+    spec = family_of_processor(processor)
+    if spec is not None:
+        return spec.supervised_logits
+    name = type(processor).__name__
+    records = [record for record in walked().values() if record.get("processor") == name]
+    return bool(records) and all(record["supervised"] for record in records)
+
+
 def _first_class(model_type: str, spec: FamilySpec, record: Mapping[str, Any]) -> Entry:
     return Entry(
         model_type=model_type,
@@ -117,6 +130,8 @@ def _other(model_type: str, record: Mapping[str, Any]) -> Entry:
 def _notes(record: Mapping[str, Any], parts: Mapping[Part, Any]) -> Iterable[str]:
     if "projector" not in parts:
         yield "No projector: train LoRA on the language model."
+    if "needs" in record:
+        yield f"Needs {record['needs']}: pip install {record['needs']}."
     if record["data"] is False:
         yield "Give the trainer batches of your own: mmpeft cannot write its pictures and answers into one row."
     elif record["data"] is None and record["modalities"]:

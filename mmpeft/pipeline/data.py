@@ -8,6 +8,7 @@ from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.dataset import MultimodalDataset, load_dataset, load_file
+from mmpeft.data.formats import source_root
 from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.mixture import MixedDataset, Source
 from mmpeft.data.stream import StreamingDataset
@@ -133,7 +134,7 @@ def _describe_file(
     """Paths are as the recipe has them, since adapters are published with this."""
     place = {
         "file": str(dataset.path),
-        "media_root": str(source.media_root or recipe.data.media_root or dataset.path.parent),
+        "media_root": str(source.media_root or recipe.data.media_root or source_root(source.path)),
     }
     if isinstance(dataset, StreamingDataset):
         return {**place, "streaming": True, "fingerprint": dataset.fingerprint}

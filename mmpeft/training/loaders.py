@@ -41,7 +41,16 @@ def global_loader(
 
 
 def stream_sampler(dataset: StreamingDataset, args: TrainingArguments) -> StreamBatchSampler:
-    """What cuts a stream for this process; `args.max_steps` says how much of it is read."""
+    """What cuts a stream for this process; `args.max_steps` says how much of it is read.
+
+    Raises:
+        RecipeError: a `train_sampling_strategy`, which needs all samples at hand.
+    """
+    if args.train_sampling_strategy != "random":
+        raise RecipeError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r}: a stream has no other order than that of "
+            "shuffle_buffer (1 keeps the file's); leave it out"
+        )
     return StreamBatchSampler(
         dataset,
         steps=args.max_steps,

@@ -25,6 +25,7 @@ from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import tree_attention_on
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
+from mmpeft.training.reach import reach_what_trains
 from mmpeft.training.skips import SkipWatch
 
 
@@ -54,12 +55,17 @@ class MultimodalTrainer(Trainer):
     ) -> None:
         self.learning_rates, self.share_media = learning_rates, share_media
         self.skips: SkipWatch | None = None
+        self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
                 "data_collator=MultimodalCollator(processor, supervised_only=False)"
             )
+        if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
+            # A batch without a picture leaves the vision tower and the projector out. The Trainer of transformers
+            # 5.24 expects that of adapters, but not of models that train in place with activation checkpointing.
+            self.accelerator.ddp_handler.find_unused_parameters = True
         self._tokens: torch.Tensor | int = 0
         self._samples = 0
         self._window_start = time.perf_counter()
@@ -97,6 +103,8 @@ class MultimodalTrainer(Trainer):
             return global_loader(dataset, self.args, collator, share_media=self.share_media)
         sampler = stream_sampler(dataset, self.args)
         self.skips = SkipWatch(sampler, self.accelerator)
+        if isinstance(self._resumed_from, str | Path):
+            self.skips.load(Path(self._resumed_from))
         return stream_loader(sampler, self.args, collator)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -150,7 +158,8 @@ class MultimodalTrainer(Trainer):
         """`transformers.Trainer.train`; speed is counted from here."""
         self._window_start = time.perf_counter()
         model: Any = self.model
-        hook = model.register_forward_hook(_reach_what_trains)
+        self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
+        hook = model.register_forward_hook(reach_what_trains)
         packs = isinstance(self.data_collator, PackedCollator)
         try:
             with tree_attention_on(model) if packs else contextlib.nullcontext():
@@ -177,6 +186,9 @@ class MultimodalTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with writing(folder):
+                if self.skips is not None and self.args.should_save:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self.skips.save(folder)
                 super()._save_checkpoint(model, trial)
         except Exception:
             remove_directory(folder)
@@ -221,21 +233,6 @@ class MultimodalTrainer(Trainer):
         """
         own: Any = self.model
         own.load_state_dict(type(own).from_pretrained(checkpoint).state_dict())
-
-
-def _reach_what_trains(model: torch.nn.Module, inputs: Any, output: Any) -> None:
-    """Join a forward that uses nothing that trains to all that does, with gradients of exactly zero.
-
-    So it is where text alone meets a projector that trains by itself: backward would find no graph, and the
-    other processes would wait for gradients. It has to happen inside the forward, where DDP looks for them.
-    """
-    if not torch.is_grad_enabled():
-        return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for name in ("loss", "logits"):
-        value = output.get(name)
-        if value is not None and not value.requires_grad:
-            output[name] = value + 0 * sum(parameter.float().sum() for parameter in trained)
 
 
 class _EpochOfData(TrainerCallback):

@@ -2,13 +2,19 @@ import json
 import random
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from mmpeft.data.chat import control_tokens
 from mmpeft.data.check import Report, check_data
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, difference_hash
+from mmpeft.data.dataset import load_dataset
 from mmpeft.data.formats import describe
+from mmpeft.families.registry import family_of
 from tests.data.files import colour_set, gpt, human, picture, row, write_json, write_lines
+from tests.data.films import film, recording
 from tests.data.test_dataset import broken_png
+from tests.families.models import MODELS
 from tests.tiny import tiny_processor
 
 
@@ -62,10 +68,10 @@ def test_what_may_not_be_meant_is_a_warning(tmp_path):
     report = check_data(path)
     assert (report.errors, report.samples) == ([], 4)
     assert report.warnings == [
+        f"{path}:1: sample 0 (id 'a'): picture 'long.png' is 200 x 10, an extreme shape",
         f"{path}:2: sample 1 (id 'a'): the same id as sample 0 in line 1",
         f"{path}:3: sample 2 (id 'b'): the same pictures and conversation as sample 1 in line 2",
         f"{path}:4: sample 3 (id 'c'): the answer of turn 1 begins or ends with white space",
-        f"{path}: picture 'long.png' is 200 x 10, an extreme shape",
         f"{path}:4: the key 'source' is not known and not used (here first)",
     ]
 
@@ -90,12 +96,15 @@ def test_a_picture_that_looks_like_a_held_out_one_is_a_warning(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [row(id=name, image=name) for name in ("a.jpg", "b.png", "a.png")])
     held = write_lines(tmp_path / "held.jsonl", [row(id="h", image="held.png")])
     report = check_data(path, eval_path=held)
-    assert (report.found["leak"], report.found["looks held out"]) == (1, 2)
+    assert report.found == {"looks held out": 1, "leak": 1}
     assert report.errors == [
         f"{path}:3: sample 2 (id 'a.png'): the same pictures and question as sample 0 in line 1 of {held}; "
         "remove one of them"
     ]
-    assert "picture 'a.jpg' looks like 'held.png'" in report.warnings[0]
+    assert report.warnings == [
+        f"{path}:1: sample 0 (id 'a.jpg'): picture 'a.jpg' looks like 'held.png' of {held} (1 of 64 bits differ); "
+        "leave it out of one of the two"
+    ]
 
 
 def test_near_hashes_are_found_and_far_ones_are_not():
@@ -144,7 +153,10 @@ def test_lengths_in_tokens_count_every_picture_token(tmp_path):
     bare = check_data(path, processor=tiny_processor(), open_media=False)
     assert report.lengths["min"] - bare.lengths["min"] == 3
     assert report.lengths["cut"] == 4
-    assert report.warnings == [f"{path}: 4 samples are longer than 30 tokens"]
+    assert report.warnings == [
+        f"{path}:2: 4 of 4 samples are longer than 30 tokens (here first; the longest, of 50, in line 44): "
+        "training cuts their ends off"
+    ]
 
 
 def test_films_and_recordings_are_opened(tmp_path):
@@ -169,3 +181,73 @@ def test_sources_of_every_kind_are_checked_under_their_own_root(tmp_path):
     report = check_data(tmp_path / "in/b.csv", eval_path=tmp_path / "in/b.csv", columns=columns, question="Farbe?")
     assert [error.partition(": ")[2][:8] for error in report.errors] == ["sample 0"]
     assert check_data(tmp_path / "in/b.csv").source is None
+
+
+def test_what_was_left_out_of_pictures_is_a_warning_of_the_line_that_names_them_first(tmp_path):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    rows = [row(id="0"), row(human("q"), gpt("b"), id="1", image="a.gif"), row(image="b.png", id="2")]
+    rows += [row(human("r"), gpt("a"), id="3", image="a.gif")]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    report = check_data(path)
+    assert (report.samples, report.found) == (4, {"animation": 1, "transparency": 1})
+    assert report.warnings == [
+        f"{path}:2: sample 1 (id '1'): picture 'a.gif' has 2 frames; the first is used",
+        f"{path}:3: sample 2 (id '2'): picture 'b.png' is transparent in places; white lies behind it",
+    ]
+
+
+def test_rows_before_a_fault_of_the_file_are_checked(tmp_path):
+    path = write_json(tmp_path / "a.json", [row(id="a"), {"id": "bad"}, row(id="c"), row(id="d")])
+    path.write_text(path.read_text()[:-60])
+    report = check_data(path)
+    assert report.samples == 2
+    assert [message.split(": ")[1].split(" ")[0] for message in report.errors] == ["sample", "the"]
+
+
+def test_the_same_picture_under_another_name_is_a_duplicate(tmp_path):
+    for name in ("a.png", "b.bmp", "c.png"):
+        noise(1 if name != "c.png" else 2).save(tmp_path / name)
+    path = write_lines(tmp_path / "a.jsonl", [row(id=name, image=name) for name in ("a.png", "b.bmp", "c.png")])
+    assert check_data(path).warnings == [
+        f"{path}:2: sample 1 (id 'b.bmp'): the same pictures and conversation as sample 0 in line 1"
+    ]
+    assert not check_data(path, open_media=False).warnings
+
+
+def test_one_answer_in_several_spellings_is_a_warning(tmp_path):
+    answers = ["yes"] * 12 + ["Yes."] * 4 + ["no"] * 10
+    rows = [row(human(f"q{number}"), gpt(answer)) for number, answer in enumerate(answers)]
+    assert [message.split(": ", 1)[1] for message in check_data(write_lines(tmp_path / "a.jsonl", rows)).warnings] == [
+        "short answers differ by letters' case or by stops alone: 'yes' (12), 'Yes.' (4); write them all alike"
+    ]
+
+
+def test_a_picture_that_lies_there_under_a_name_much_like_it_is_named(tmp_path):
+    picture(tmp_path / "deep" / "a.png")
+    wanted = ["deep\\a.png", "deep/a.jpg", "deep/a.PNG"]
+    report = check_data(write_lines(tmp_path / "a.jsonl", [row(image=name) for name in wanted]))
+    assert len(report.errors) == 3
+    assert all("; there is 'deep/a.png': write that" in message for message in report.errors)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_vl", "qwen2_audio", "smolvlm"])
+def test_lengths_in_tokens_are_those_of_training_whatever_the_medium(tmp_path, family):
+    model, reader = MODELS[family]()
+    noise(1).save(tmp_path / "a.png")
+    film(tmp_path / "b.mp4", frames=40)
+    recording(tmp_path / "c.wav", seconds=1.234)
+    names = {"image": "a.png", "video": "b.mp4", "audio": "c.wav"}
+    rows = [
+        row(human(f"<{key}>\nWhat is it?"), gpt("It is red."), id=key, **{key: names[key]})
+        for key in family_of(model).modalities
+        if key in names and key in control_tokens(reader).media
+    ]
+    assert rows
+    for item in rows:
+        path = write_lines(tmp_path / f"{item['id']}.jsonl", [item])
+        report = check_data(path, processor=reader, max_length=10)
+        (encoded,) = load_dataset(path, processor=reader)
+        assert report.lengths["max"] == len(encoded["input_ids"]), item["id"]
+        assert (report.lengths["cut"], report.errors) == (1, [])

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.media import check_image, load_image, picture_notes
+from mmpeft.data.media import (
+    MAX_IMAGE_PIXELS,
+    check_image,
+    load_image,
+    load_with_notes,
+    picture_notes,
+    upright_sizes,
+)
 from tests.data.files import picture
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
@@ -127,15 +134,33 @@ def test_the_limit_can_be_set(tmp_path):
     assert load_image("a.png", root=tmp_path, max_image_pixels=200).size == (20, 10)
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    image = Image.new("RGB", (20, 10), "white")
-    image.paste("red", (0, 0, 4, 10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_applied_in_header_and_pixels(tmp_path, form, orientation):
+    upright = Image.new("RGB", (32, 16), "white")
+    upright.paste("red", (0, 0, 16, 8))
+    turns = Image.Transpose
+    stored_as = [None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM]
+    stored_as += [turns.TRANSPOSE, turns.ROTATE_90, turns.TRANSVERSE, turns.ROTATE_270]
+    turn = stored_as[orientation - 1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (upright if turn is None else upright.transpose(turn)).save(tmp_path / "a", form, exif=exif, quality=95)
+    image = load_image("a", root=tmp_path)
+    assert image.size == check_image("a", root=tmp_path) == (32, 16)
+    assert image.getpixel((4, 3))[1] < 60
+    assert min(image.getpixel((28, 3)) + image.getpixel((4, 13)) + image.getpixel((28, 13))) > 200
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_broken_exif_data_are_no_broken_picture(tmp_path, form):
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = load_image("a.jpg", root=tmp_path)
-    assert upright.size == (10, 20)
-    assert upright.getpixel((5, 0))[1] < 60 < upright.getpixel((5, 19))[1]
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "a", form, exif=exif)
+    data = (tmp_path / "a").read_bytes()
+    assert data.count(b"MM\0*") == 1
+    (tmp_path / "a").write_bytes(data.replace(b"MM\0*", b"XX\0*"))
+    assert load_image("a", root=tmp_path).size == check_image("a", root=tmp_path) == (20, 10)
 
 
 def test_transparency_lies_over_white(tmp_path):
@@ -150,6 +175,30 @@ def test_transparency_lies_over_white(tmp_path):
     for name in ("rgba.png", "la.png", "p.png", "l.png"):
         assert load_image(name, root=tmp_path).getpixel((0, 0)) == WHITE, name
     assert load_image("p.png", root=tmp_path).getpixel((1, 0)) == RED
+
+
+def test_cmyk_jpegs_as_printers_and_adobe_write_them_become_rgb(tmp_path):
+    """Adobe's inks are stored inverted, which its marker says; PIL writes that marker."""
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
+    red, green, blue = load_image("a.jpg", root=tmp_path).getpixel((8, 8))
+    assert red > 240 > 15 > max(green, blue)
+    assert picture_notes("a.jpg", root=tmp_path) == (
+        "picture 'a.jpg' is in CMYK; its colours are converted without a profile",
+    )
+
+
+def test_sixteen_bit_colour_is_scaled_too(tmp_path):
+    """PIL cannot write it: a PNG of one pixel of 16 bits a channel, by hand."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress(b"\0" + struct.pack(">HHH", 65535, 30000, 300))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    end = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + end)
+    assert load_image("a.png", root=tmp_path).getpixel((0, 0)) == (255, 117, 1)
 
 
 def test_palette_cmyk_and_bilevel_become_rgb(tmp_path):
@@ -181,6 +230,60 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     assert picture_notes("a.gif", root=tmp_path) == ("picture 'a.gif' has 2 frames; the first is used",)
     picture(tmp_path / "a.png")
     assert picture_notes("a.png", root=tmp_path) == ()
+
+
+@pytest.mark.parametrize("form", ["WEBP", "PNG", "TIFF"])
+def test_animations_and_pages_of_other_formats_give_their_first_frame_and_say_so(tmp_path, form):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    frames[0].save(tmp_path / "a", form, save_all=True, append_images=frames[1:], **options)
+    image, notes = load_with_notes("a", root=tmp_path)
+    assert image.getpixel((4, 4)) == RED
+    assert [(note.kind, note.text) for note in notes] == [("animation", "picture 'a' has 3 frames; the first is used")]
+
+
+def test_an_animation_whose_later_frames_are_broken_is_used_and_noted(tmp_path):
+    frames = [Image.effect_noise((64, 64), 90).convert("P") for _ in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    data = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(data[: len(data) * 2 // 3])
+    image, notes = load_with_notes("a.gif", root=tmp_path)
+    assert image.size == (64, 64)
+    assert [note.kind for note in notes] == ["animation"]
+
+
+def test_what_is_lost_of_a_picture_is_noted_and_what_is_not_is_not(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 100)).save(tmp_path / "see-through.png")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 255)).save(tmp_path / "opaque.png")
+    Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "deep.png")
+    picture(tmp_path / "plain.jpg")
+    found = {
+        name: [note.kind for note in load_with_notes(name, root=tmp_path)[1]]
+        for name in ("see-through.png", "opaque.png", "deep.png", "plain.jpg")
+    }
+    assert found == {"see-through.png": ["transparency"], "opaque.png": [], "deep.png": ["16 bits"], "plain.jpg": []}
+
+
+def test_a_jpeg_beyond_the_limit_is_halved_and_stays_what_a_processor_would_see(tmp_path):
+    detail = Image.effect_noise((410, 400), 60).resize((820, 800), Image.Resampling.BICUBIC)
+    tile = np.stack([np.asarray(detail), np.asarray(detail.rotate(90).resize((820, 800))), np.asarray(detail)[::-1]], 2)
+    whole = Image.fromarray(np.tile(tile, (10, 10, 1)))
+    whole.save(tmp_path / "a.jpg", quality=90)
+    assert whole.width * whole.height > MAX_IMAGE_PIXELS
+    image, notes = load_with_notes("a.jpg", root=tmp_path)
+    assert image.size == check_image("a.jpg", root=tmp_path) == (4100, 4000)
+    assert upright_sizes("a.jpg", root=tmp_path) == ((8200, 8000), (4100, 4000))
+    assert notes[0].text == "picture 'a.jpg' is 8200 x 8000; it is read as 4100 x 4000"
+    seen = np.asarray(image.resize((1025, 1000), Image.Resampling.BICUBIC), dtype=int)
+    decoded = Image.open(tmp_path / "a.jpg").resize((1025, 1000), Image.Resampling.BICUBIC)
+    assert np.abs(seen - np.asarray(decoded, dtype=int)).mean() < 1
+
+
+def test_a_jpeg_far_beyond_the_limit_or_a_png_is_refused_as_before(tmp_path):
+    picture(tmp_path / "a.jpg", size=(3000, 2000))
+    assert "3000 x 2000 pixels; the limits are" in failure("a.jpg", tmp_path, max_image_pixels=1_000_000)
+    (tmp_path / "b.png").write_bytes(png_header(9000, 9000))
+    assert "9000 x 9000 pixels; the limits are" in failure("b.png", tmp_path)
 
 
 def test_a_very_thin_picture_is_refused(tmp_path):

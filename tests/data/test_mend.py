@@ -6,6 +6,7 @@ from mmpeft.core.errors import DataError, OutputError
 from mmpeft.data.check import check_data
 from mmpeft.data.mend import count_changes, mend_data
 from tests.data.files import gpt, human, picture, row, write_json, write_lines
+from tests.data.films import recording
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl"])
@@ -62,3 +63,13 @@ def test_the_input_is_never_written_and_must_be_there(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         mend_data(tmp_path / "none.json", tmp_path / "b.json")
     assert not (tmp_path / "b.json").exists()
+
+
+def test_a_sample_whose_film_or_recording_cannot_be_read_is_left_out(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no film")
+    recording(tmp_path / "b.wav", seconds=0.1)
+    rows = [row(human("<video>q"), gpt("a"), video="a.mp4"), row(human("<audio>q"), gpt("a"), audio="b.wav")]
+    changes = mend_data(write_lines(tmp_path / "a.jsonl", rows), tmp_path / "b.jsonl")
+    assert [(change["line"], change["change"]) for change in changes] == [(1, "sample dropped")]
+    assert check_data(tmp_path / "b.jsonl").samples == 1
+    assert not check_data(tmp_path / "b.jsonl").errors

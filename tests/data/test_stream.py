@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
@@ -22,6 +23,7 @@ from mmpeft.data.reading import read_objects
 from mmpeft.data.stream import Place
 from tests.data.files import gpt, human, picture, row, write_json, write_lines
 from tests.plain import ENVIRONMENT
+from tests.tiny import tiny_llava
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +196,18 @@ def test_workers_share_the_rows_out(path, processor):
         for workers in (2, 0)
     )
     assert all(torch.equal(got, want) for got, want in zip(with_workers, without, strict=True))
+
+
+def test_the_plain_trainer_takes_a_stream(tmp_path, path, processor):
+    options = {"max_steps": 6, "per_device_train_batch_size": 8, "report_to": "none", "use_cpu": True}
+    trainer = Trainer(
+        model=tiny_llava(processor),
+        # Else accelerate fills the last batch up by joining tensors whose rows are no samples.
+        args=TrainingArguments(str(tmp_path / "out"), accelerator_config={"dispatch_batches": False}, **options),
+        train_dataset=stream(path, processor, shuffle_buffer=5),
+        data_collator=MultimodalCollator(processor),
+    )
+    assert trainer.train().global_step == 6
 
 
 def bad(number):

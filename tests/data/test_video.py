@@ -1,3 +1,4 @@
+import av
 import numpy as np
 import pytest
 
@@ -114,3 +115,18 @@ def test_nothing_else_is_opened(tmp_path):
     assert "URLs are off" in failure("http://x/a.mp4", root)
     picture(root / "a.png")
     assert "unknown format" in failure("a.png", root)
+
+
+def test_a_title_that_is_no_utf8_does_not_matter(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        container.metadata["title"] = "Cafe am Rhein"
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    data = (tmp_path / "a.mkv").read_bytes()
+    assert b"Cafe" in data
+    (tmp_path / "a.mkv").write_bytes(data.replace(b"Cafe", "Café".encode("latin-1")))
+    assert check_video("a.mkv", root=tmp_path).frames == 3
+    assert len(load_video("a.mkv", root=tmp_path).frames) > 0

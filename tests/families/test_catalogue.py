@@ -1,7 +1,9 @@
 import subprocess
 import sys
 
-from mmpeft.families.catalogue import catalogue
+from transformers import CLIPProcessor, LlavaProcessor, PixtralProcessor, Qwen2_5OmniProcessor, VideoLlama3Processor
+
+from mmpeft.families.catalogue import catalogue, takes_supervised_logits
 from mmpeft.families.registry import FAMILIES
 
 
@@ -44,6 +46,15 @@ def test_types_whose_batches_mmpeft_cannot_make_say_so():
     assert {entry.model_type for entry in generic if "batches of your own" in entry.note} == without
     assert all(entries()[name].data for name in ("mistral3", "glm4v", "aya_vision", "vipllava", "qwen3_vl_moe"))
     assert "depends on the processor" in entries()["cosmos3_omni"].note
+
+
+def test_logits_of_supervised_positions_alone_where_every_type_of_a_processor_takes_them():
+    assert takes_supervised_logits(object.__new__(PixtralProcessor))
+    assert takes_supervised_logits(object.__new__(LlavaProcessor))
+    # Of a family that states that it does not; of a type that was seen not to; of no type at all.
+    assert not takes_supervised_logits(object.__new__(Qwen2_5OmniProcessor))
+    assert not takes_supervised_logits(object.__new__(VideoLlama3Processor))
+    assert not takes_supervised_logits(object.__new__(CLIPProcessor))
 
 
 def test_it_costs_neither_peft_nor_a_model_of_transformers():

@@ -105,7 +105,7 @@ def fitted(model_type, processor, tokens, sizes):
     for name, value in sizes.items():
         setattr(config.vision_config, name, value)
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 CASES = {
@@ -135,6 +135,9 @@ def test_a_sample_with_a_picture_trains_projector_and_language_model(model_type)
     for row in rows:
         assert processor.tokenizer.decode(row["labels"][row["labels"] != -100]).startswith("a cat")
     batch = MultimodalCollator(processor)(rows)
+    assert "logits_to_keep" in batch
+    every = MultimodalCollator(processor, supervised_only=False)(rows)
+    torch.testing.assert_close(model(**batch).loss, model(**every).loss)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):

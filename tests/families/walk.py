@@ -6,31 +6,34 @@ written by hand and kept.
 """
 
 import copy
+import importlib.util
 import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from mmpeft.core.errors import MMPeftError
+from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.data.collate import keep_supervised
 from mmpeft.families import catalogue
 from mmpeft.families.generic import inspect_parts
 from mmpeft.families.registry import FAMILIES, family_of
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.methods.checkpoint import save_adapter
 from mmpeft.methods.plan import base_name
-from tests.families.inputs import inputs_of
+from tests.families.inputs import Batch, inputs_of
 from tests.families.shrink import MODEL_TYPES, tiny_model
 
 FIRST_CLASS = {model_type for spec in FAMILIES for model_type in spec.model_types}
 
-HAND = ("note", "exclude_modules", "auto_class", "reason")
+HAND = ("note", "exclude_modules", "auto_class", "needs", "reason")
 """Fields of a record that are written by hand."""
 
 TOLERANCE = 1e-5
@@ -76,27 +79,60 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None, *, 
         loaded = AutoModelForImageTextToText.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
         same = torch.allclose(loaded(**inputs.batch).logits, after.logits, rtol=0, atol=TOLERANCE)
         assert same == auto, "the auto class"
-    return {"step": inputs.step, **({} if model_type in FIRST_CLASS else found(model_type))}
+    return {"step": inputs.step, **({} if model_type in FIRST_CLASS else found(model_type, inputs.batch))}
 
 
-def found(model_type: str) -> dict[str, Any]:
-    """The parts of a type without a file of facts, as the catalogue holds them."""
+def found(model_type: str, batch: Batch) -> dict[str, Any]:
+    """What can be told of a type without a file of facts, as the catalogue holds it."""
     model = tiny_model(model_type)
     inspection = inspect_parts(model)
     return {
         "parts": {part: list(paths) for part, paths in inspection.spec.parts.items()},
         "found": dict(inspection.found),
         "modalities": list(inspection.spec.modalities),
-        "data": False if model.config.is_encoder_decoder else says_what_it_writes(model_type),
+        "processor": processor_of(model_type),
+        "data": False if model.config.is_encoder_decoder else says_what_it_writes(processor_of(model_type)),
+        "supervised": takes_supervised_logits(model, batch),
     }
 
 
-def says_what_it_writes(model_type: str) -> bool | None:
-    """Whether the type's processor tells `encode_sample` what it puts in the place of a picture; None: no processor."""
+def processor_of(model_type: str) -> str | None:
+    """The class of processor that transformers maps to the type."""
     name = PROCESSOR_MAPPING_NAMES.get(model_type) or PROCESSOR_MAPPING_NAMES.get(model_type.removesuffix("_thinker"))
-    if name is None:
+    return cast(str | None, name)
+
+
+def says_what_it_writes(processor: str | None) -> bool | None:
+    """Whether a processor tells `encode_sample` what it puts in the place of a picture; None: no processor."""
+    if processor is None:
         return None
-    return getattr(transformers, name).replace_image_token is not ProcessorMixin.replace_image_token
+    return getattr(transformers, processor).replace_image_token is not ProcessorMixin.replace_image_token
+
+
+def takes_supervised_logits(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether the logits of supervised positions alone give the same loss and gradients as those of all."""
+    # Two stretches of labels, so that what is kept is not one slice.
+    labels = batch["labels"].clone()
+    labels[:, -4:-2] = IGNORE_INDEX
+    kept = keep_supervised(labels)
+
+    def trained(**extra: Any) -> tuple[Any, list[torch.Tensor]]:
+        model.zero_grad()
+        out = model(**{**batch, "labels": labels, **extra})
+        out.loss.backward()
+        return out, [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    every, gradients = trained()
+    try:
+        some, others = trained(**kept)
+    except (ValueError, TypeError, RuntimeError, IndexError):
+        return False
+    return (
+        some.logits.shape[1] == len(kept["logits_to_keep"]) < every.logits.shape[1]
+        and len(gradients) == len(others)
+        and torch.allclose(some.loss, every.loss, rtol=1e-5)
+        and all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(gradients, others, strict=True))
+    )
 
 
 def recorded(record: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +148,8 @@ def main() -> None:
     table = catalogue.walked()
     for model_type in MODEL_TYPES:
         record = table.get(model_type, {})
+        if "needs" in record and importlib.util.find_spec(record["needs"]) is None:
+            continue
         kept = {key: value for key, value in record.items() if key in HAND}
         try:
             with tempfile.TemporaryDirectory() as folder:

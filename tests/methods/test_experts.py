@@ -141,3 +141,35 @@ def test_where_peft_takes_linear_layers_for_experts_they_are_left_out_and_named(
 def test_naming_such_layers_is_refused():
     with pytest.raises(RecipeError, match=r"peft takes gate_proj as words for all experts"):
         get_peft_model(tiny_model("glm4v_moe"), {"language": {"r": 2, "target_modules": ["q_proj", "gate_proj"]}})
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_gradient_checkpointing_gives_experts_the_same_gradients(model_type):
+    def gradients(checkpointing):
+        model = tiny_model(model_type)
+        batch = inputs_of(model).batch
+        adapted = get_peft_model(model, {"language": BOTH}).train()
+        torch.manual_seed(0)
+        for name, weight in adapted.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        if checkpointing:
+            adapted.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        adapted(**batch, use_cache=False).loss.backward()
+        return {name: weight.grad for name, weight in adapted.named_parameters() if weight.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert any(".experts." in name and gradient.any() for name, gradient in plain.items())
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "aria"])
+def test_experts_in_bfloat16_train_in_float32(model_type):
+    model = tiny_model(model_type).to(torch.bfloat16)
+    batch = inputs_of(model).batch
+    adapted = get_peft_model(model, {"language": BOTH})
+    weights = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    adapted(**batch).loss.backward()
+    assert any(".experts." in name and weight.grad.any() for name, weight in weights.items())

@@ -124,12 +124,40 @@ def test_what_cannot_be_used_is_left_out_up_to_the_bound(tmp_path):
     assert [(sample["index"], sample["line"]) for sample in skipped] == [(20, 21), (23, 24)]
     assert "2 samples were skipped as they came" in result.report.read_text(encoding="utf-8")
     path = project(tmp_path, change=spoilt, on_error="skip", max_skipped=1)
-    with pytest.raises(DataError, match=r"2 samples of .*train\.jsonl cannot be used[^$]*max_skipped allows 1 of"):
+    with pytest.raises(
+        DataError, match=r"2 samples cannot be used:\n  /.*train\.jsonl:21: sample 20: [^$]*max_skipped allows 1 of"
+    ):
         run(path)
     # A share is one of the whole file as soon as its end has been seen.
     path = project(tmp_path, change=spoilt, on_error="skip", max_skipped=0.05)
     with pytest.raises(DataError, match=r"max_skipped allows 1 of 24"):
         run(path)
+    # Also where what is left out has been seen long before.
+    early = project(
+        tmp_path,
+        change=lambda rows: [{"id": "bad"}, {"id": "worse"}, *rows],
+        on_error="skip",
+        max_skipped=0.05,
+        shuffle_buffer=1,
+        stages=[{**STAGE, "max_steps": 3}],
+    )
+    with pytest.raises(DataError, match=r"max_skipped allows 1 of 24"):
+        run(early)
+
+
+def test_what_was_left_out_before_a_kill_is_still_known_and_counted(tmp_path):
+    """The bad row is the first of a file that 60 steps do not come to the end of."""
+    stage = {**STAGE, "max_steps": 60, "trainer": {"save_steps": 5}}
+    options = {"stages": [stage], "change": lambda rows: [{"id": "bad"}, *rows * 30], "on_error": "skip"}
+    path = project(tmp_path, **options, shuffle_buffer=1, max_skipped=1)
+    stage = tmp_path / "run" / "stages" / "01-language"
+    process = start_and_wait_for(path, stage / "metrics.jsonl", 13)
+    process.kill()
+    process.communicate(timeout=60)
+    run(path)
+    state = read_json(stage / "stage.json")
+    assert state["resumed_from"] >= 10
+    assert [row["line"] for row in state["figures"]["skipped"]] == [1]
 
 
 def test_two_processes_agree_on_what_is_left_out(tmp_path):
@@ -165,3 +193,9 @@ def test_a_stage_without_steps_and_several_sources_are_errors():
     base["data"]["train"] = ["a.jsonl", "b.jsonl"]
     with pytest.raises(RecipeError, match=r"data.train: found 2 source\(s\) with weights; data.streaming takes one"):
         Recipe.from_dict({**base, "stages": stages})
+
+
+def test_another_order_than_the_buffers_is_an_error(tmp_path):
+    path = project(tmp_path, stages=[{**STAGE, "trainer": {"train_sampling_strategy": "sequential"}}])
+    with pytest.raises(RecipeError, match=r"train_sampling_strategy='sequential': a stream has no other order"):
+        run(path)

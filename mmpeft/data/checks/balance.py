@@ -17,6 +17,10 @@ FEWEST_ANSWERS = 20
 LARGEST_SHARE, FEWEST_EXAMPLES, CLASS_LIMIT = 0.8, 3, 50
 
 
+_AROUND = " .,;:!?"
+"""What may stand around an answer without making it another."""
+
+
 class Balance:
     """Counts short answers."""
 
@@ -43,6 +47,13 @@ class Balance:
         found: list[str] = []
         if self.short < FEWEST_ANSWERS or 2 * self.short < self.total or len(self.answers) > CLASS_LIMIT:
             return found
+        spellings: dict[str, list[str]] = {}
+        for answer in self.answers:
+            spellings.setdefault(answer.lower().strip(_AROUND), []).append(answer)
+        for several in spellings.values():
+            if len(several) > 1:
+                named = ", ".join(f"{answer!r} ({self.answers[answer]})" for answer in several[:TOP])
+                found.append(f"short answers differ by letters' case or by stops alone: {named}; write them all alike")
         (answer, count), *_ = self.answers.most_common(1)
         if count > LARGEST_SHARE * self.short:
             found.append(

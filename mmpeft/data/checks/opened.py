@@ -118,7 +118,7 @@ class Opened:
 
 
 def _pixels_print(image: Image.Image) -> int:
-    """64 bits of BLAKE2b of a picture's size and pixels, taken in bands: the bytes of a large one are not held twice."""
+    """64 bits of BLAKE2b of a picture's size and pixels, in bands: the bytes of a large one are not held twice."""
     digest = hashlib.blake2b(digest_size=8, key=b"%dx%d" % image.size)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):

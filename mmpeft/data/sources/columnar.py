@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.embedded import MEMBER
+from mmpeft.data.embedded import MEMBER, check_row_group
 from mmpeft.data.reading import Located
 from mmpeft.data.sources.base import Container, content_digest, listing_digest
 
@@ -79,6 +79,8 @@ def _opened(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     if path.suffix.lower() == ".parquet":
         # Without it pyarrow keeps every row group that it has read.
         file = pq.ParquetFile(path, pre_buffer=False)
+        for number in range(file.num_row_groups):
+            check_row_group(file, number, path)
         return file.schema_arrow, file.iter_batches(batch_size=BATCH)
     reader = pa.ipc.open_stream(pa.memory_map(str(path)))
     pieces = (batch.slice(start, BATCH) for batch in reader for start in range(0, len(batch), BATCH))

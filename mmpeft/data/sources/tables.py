@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.reading import Located
+from mmpeft.data.reading import Located, encoding_error
 from mmpeft.data.sources.base import Container, content_digest
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
+MAX_LINE = 16 << 20
+"""Characters of the longest line that is read."""
+
 _DECODED = frozenset(
     ("conversations", "messages", "history", "objects", "boxes", "images", "videos", "audios", "answers", "captions")
 )
@@ -55,11 +58,21 @@ def _delimiter(path: Path) -> str:
 def _rows(path: Path, delimiter: str) -> Iterator[Located]:
     try:
         with _open(path) as file:
-            yield from _records(path, csv.reader(file, delimiter=delimiter, strict=True))
+            yield from _records(path, csv.reader(_lines(file, path), delimiter=delimiter, strict=True))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+        raise encoding_error(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The file's lines, none longer than `MAX_LINE`: a file without line ends would be read whole."""
+    number = 1
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise DataError(f"{path}:{number}: a line of more than {MAX_LINE} characters; is it a table?")
+        yield line
+        number += 1
 
 
 def _records(path: Path, reader: Any) -> Iterator[Located]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -81,6 +82,12 @@ class TestTables:
         with pytest.raises(DataError, match="not UTF-8"):
             list(read_rows(tmp_path / "a.csv"))
 
+    def test_a_line_without_end_is_not_read_whole(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("mmpeft.data.sources.tables.MAX_LINE", 30)
+        (tmp_path / "a.csv").write_text("question,answer\nq,a\nq," + "a" * 40 + "\n")
+        with pytest.raises(DataError, match=r"a\.csv:3: a line of more than 30 characters; is it a table"):
+            list(read_rows(tmp_path / "a.csv"))
+
     def test_a_record_of_another_length_is_a_problem_of_its_own(self, tmp_path):
         (tmp_path / "a.csv").write_text('question,answer,images\nq,a,\nq,a,b,c\nq,a,"[1"\n')
         rows = list(read_rows(tmp_path / "a.csv"))
@@ -156,6 +163,12 @@ class TestParquet:
         for _ in read_rows(tmp_path / "a.parquet"):
             most = max(most, pa.total_allocated_bytes() - before)
         assert most < 8_000_000 < (tmp_path / "a.parquet").stat().st_size / 4
+
+    def test_a_row_group_that_is_too_large_is_refused(self, path, tmp_path, monkeypatch):
+        monkeypatch.setattr("mmpeft.data.embedded.MAX_ROW_GROUP", 100)
+        for read in (lambda: list(read_rows(path)), lambda: load_image("a.parquet::image[0]", root=tmp_path)):
+            with pytest.raises(DataError, match=r"row group 0 has \d+ bytes; at most 100 are read"):
+                read()
 
     def test_damage_is_named(self, path, tmp_path):
         (tmp_path / "b.parquet").write_bytes(path.read_bytes()[:-20])
@@ -385,3 +398,17 @@ class TestTraining:
         pixels = [sample["pixel_values"].mean(dim=(-2, -1)).flatten() for sample in loader]
         assert len(pixels) == 3
         assert not torch.allclose(pixels[0], pixels[1])
+
+    @pytest.mark.parametrize("as_path", [str, Path])
+    def test_saved_and_hub_data_sets_are_encoded(self, tmp_path, monkeypatch, as_path):
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        columns = {"image": [{"bytes": png(colour), "path": None} for colour in COLOURS], "text": list(COLOURS)}
+        made = datasets.Dataset.from_dict(columns, features=features)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "me/set").mkdir(parents=True)
+        made.to_parquet(tmp_path / "me/set/train.parquet")
+        made.save_to_disk(tmp_path / "saved")
+        for source in ("hf://me/set", "saved"):
+            dataset = load_dataset(as_path(source), processor=tiny_processor())
+            assert [dataset.sample(number).turns[1].text for number in range(3)] == list(COLOURS)
+            assert "pixel_values" in dataset[2]
