@@ -34,8 +34,10 @@ class Tree:
         segments: in order, without gaps, over the whole row.
         samples: how many samples stand in the row.
         tokens: of all samples, those that are shared counted for each.
+        padded: that a batch of the same samples would hold, padding among them.
     """
 
     segments: tuple[Segment, ...]
     samples: int
     tokens: int
+    padded: int

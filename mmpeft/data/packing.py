@@ -69,7 +69,7 @@ def plan_packing(
         carriers=tuple(row.carriers),
         index=torch.cat(row.index),
         positions=torch.cat(row.positions),
-        tree=Tree(segments=tuple(row.segments), samples=len(samples), tokens=tokens),
+        tree=Tree(segments=tuple(row.segments), samples=len(samples), tokens=tokens, padded=row.columns * len(samples)),
     )
 
 

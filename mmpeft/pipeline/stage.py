@@ -213,6 +213,7 @@ def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) 
         "samples": trainer.samples_trained,
         "tokens": trainer.tokens_trained,
         "tokens_computed": trainer.tokens_computed,
+        "tokens_padded": trainer.tokens_padded,
         "seconds": seconds,
         "samples_per_second": trainer.samples_trained / seconds,
         "tokens_per_second": trainer.tokens_trained / seconds,

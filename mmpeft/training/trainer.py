@@ -70,8 +70,8 @@ class MultimodalTrainer(Trainer):
         self._samples = 0
         self._window_start = time.perf_counter()
         self._window_tokens = self._window_samples = 0
-        self._row_tokens = 0
-        self.tokens_trained = self.samples_trained = self.tokens_computed = 0
+        self._computed = self._padded = 0
+        self.tokens_trained = self.samples_trained = self.tokens_computed = self.tokens_padded = 0
         self.add_callback(_EpochOfData(self.train_dataset))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -132,7 +132,8 @@ class MultimodalTrainer(Trainer):
         tree: Tree | None = inputs.get("tree")
         self._samples += tree.samples if tree else len(inputs["input_ids"])
         self._tokens = self._tokens + (tree.tokens if tree else inputs["attention_mask"].sum())
-        self._row_tokens += inputs["input_ids"].numel()
+        self._computed += inputs["input_ids"].numel()
+        self._padded += tree.padded if tree else inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +144,7 @@ class MultimodalTrainer(Trainer):
         """Log, with speed and memory since the last time and the learning rate of each part."""
         if "loss" in logs:
             now = time.perf_counter()
-            samples, tokens, _ = self._count()
+            samples, tokens, *_ = self._count()
             seconds = max(now - self._window_start, 1e-9)
             logs["samples_per_second"] = (samples - self._window_samples) / seconds
             logs["tokens_per_second"] = (tokens - self._window_tokens) / seconds
@@ -166,16 +167,15 @@ class MultimodalTrainer(Trainer):
                 result = super().train(*args, **kwargs)
         finally:
             hook.remove()
-        self.samples_trained, self.tokens_trained, self.tokens_computed = self._count()
+        self.samples_trained, self.tokens_trained, self.tokens_computed, self.tokens_padded = self._count()
         return result
 
-    def _count(self) -> tuple[int, int, int]:
-        """Samples and their tokens so far, and tokens that went through the model, of all processes."""
-        counts = torch.tensor(
-            [float(self._samples), float(self._tokens), float(self._row_tokens)], device=self.args.device
-        )
-        samples, tokens, computed = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return int(samples), int(tokens), int(computed)
+    def _count(self) -> tuple[int, int, int, int]:
+        """So far and of all processes: samples, their tokens, tokens computed, and those of padded batches."""
+        counts = [float(count) for count in (self._samples, self._tokens, self._computed, self._padded)]
+        counted = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
+        samples, tokens, computed, padded = map(int, counted.tolist())
+        return samples, tokens, computed, padded
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint; where that fails, remove what there is of it and say why.
