@@ -112,6 +112,11 @@ class DataConfig(Block):
         return value
 
     @property
+    def alone(self) -> bool:
+        """Whether there is one source, each of whose samples an epoch shows once."""
+        return len(self.sources) == 1 and self.sources[0].weight == 1
+
+    @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """`train`, however it was written."""
         if isinstance(self.train, tuple):

@@ -206,25 +206,14 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _streams_have_an_end(self) -> "Recipe":
-        if not self.data.streaming:
-            return self
         problems = [
             (
                 f"stages.{stage.name}.max_steps",
-                "missing; data.streaming does not know how many samples there are: say how many steps the stage takes",
+                "missing; data.streaming does not count the samples of a source: say how many steps the stage takes",
             )
             for stage in self.stages
-            if stage.max_steps is None
+            if stage.max_steps is None and self.data.streaming and self.data.alone
         ]
-        sources = self.data.sources
-        if len(sources) > 1 or sources[0].weight != 1:
-            problems.append(
-                (
-                    "data.train",
-                    f"found {len(sources)} source(s) with weights; data.streaming takes one without, since a weight is "
-                    "of a source's length: join the files, or leave streaming out",
-                )
-            )
         raise_all(problems)
         return self
 

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, Sampler
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
-from mmpeft.data.stream import Place, StreamingDataset, Taken
+from mmpeft.data.stream import Place, Taken
+from mmpeft.data.stream_mixture import Stream
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -101,9 +102,7 @@ class StreamBatchSampler(Sampler[list[Place]]):
         rows: rows of an epoch; None until one has ended.
     """
 
-    def __init__(
-        self, stream: StreamingDataset, *, steps: int, micro: int, accumulation: int, world: int, rank: int
-    ) -> None:
+    def __init__(self, stream: Stream, *, steps: int, micro: int, accumulation: int, world: int, rank: int) -> None:
         self.stream, self.steps = stream, steps
         self.micro, self.accumulation, self.world, self.rank = micro, accumulation, world, rank
         self.rows: int | None = None
@@ -133,7 +132,7 @@ class StreamBatchSampler(Sampler[list[Place]]):
 class StreamedRows(Dataset[Any]):
     """A stream as a data set whose indices are lists of `Place`: what a loader's workers read from."""
 
-    def __init__(self, stream: StreamingDataset) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
     def __getitem__(self, place: Place) -> Encoded:

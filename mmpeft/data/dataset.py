@@ -3,8 +3,9 @@
 import logging
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
-from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.augment import Augmentation, AugmentSettings
@@ -25,6 +25,7 @@ from mmpeft.data.pictures import Verify
 from mmpeft.data.prepare import Preparation
 from mmpeft.data.problems import LISTED, Problem, problems_error
 from mmpeft.data.stream import SHUFFLE_BUFFER, StreamingDataset
+from mmpeft.data.stream_mixture import Stream, StreamedMixture
 from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
 from mmpeft.families.spec import BoxConvention
@@ -185,7 +186,7 @@ def load_dataset(
     streaming: bool = False,
     shuffle_buffer: int = SHUFFLE_BUFFER,
     seed: int = 0,
-) -> MultimodalDataset | MixedDataset | StreamingDataset:
+) -> MultimodalDataset | MixedDataset | Stream:
     """Samples in any format that is known, or several sources with weights, as what `transformers.Trainer` takes.
 
     Args:
@@ -204,8 +205,8 @@ def load_dataset(
         limits: how much of each medium is decoded (frames of a film, seconds of a recording); default: `MediaLimits()`.
         columns: the source's own names of columns, by ours: `{"question": "frage", "answer": "antwort"}`.
         question: the question of samples that have none, such as pictures with captions.
-        streaming: read rows while training instead of before, for what is too large to be read twice; of one source,
-            whose length is not known then: see `StreamingDataset`.
+        streaming: read rows while training instead of before, for what is too large to be read first: see
+            `StreamingDataset`, and of a list `StreamedMixture`.
         shuffle_buffer: rows among which a stream's next one is drawn; 1 keeps the file's order.
         seed: which samples of a source with a weight come up when, and the order of a stream.
 
@@ -215,15 +216,20 @@ def load_dataset(
         OutputError: the datasets cache cannot be written.
     """
     if streaming:
-        return _stream(
-            _only_source(path, columns, question),
-            preparation={"processor": processor, "max_length": max_length, "limits": limits or MediaLimits()},
+        stream = partial(
+            load_stream,
             media_root=media_root,
+            processor=processor,
+            max_length=max_length,
+            limits=limits,
             on_error=on_error,
             max_skipped=max_skipped,
             shuffle_buffer=shuffle_buffer,
             seed=seed,
         )
+        if isinstance(path, str | Path):
+            return stream(Source(path=path, columns=columns, question=question))
+        return StreamedMixture(_each(path, columns, question, stream))
     options: dict[str, Any] = {
         "media_root": media_root,
         "processor": processor,
@@ -235,36 +241,50 @@ def load_dataset(
     }
     if isinstance(path, str | Path):
         return load_file(Source(path=path, columns=columns, question=question), **options)
+    return MixedDataset(_each(path, columns, question, partial(load_file, **options)), seed=seed)
+
+
+def _each(
+    values: Sequence[Any], columns: Mapping[str, str] | None, question: str | None, load: Callable[[Source], Any]
+) -> list[tuple[Source, Any]]:
+    """The sources of a list, each with what `load` makes of it."""
     loaded = []
-    for source in sources_of(path):
-        source = replace(source, columns=source.columns or columns, question=source.question or question)
+    for source in sources_of(values):
+        whole = replace(source, columns=source.columns or columns, question=source.question or question)
         with naming_source(str(source.name)):
-            loaded.append((source, load_file(source, **options)))
-    return MixedDataset(loaded, seed=seed)
+            loaded.append((whole, load(whole)))
+    return loaded
 
 
-def _only_source(path: Any, columns: Mapping[str, str] | None, question: str | None) -> Source:
-    """The one source of a stream."""
-    if isinstance(path, str | Path):
-        return Source(path=path, columns=columns, question=question)
-    sources = sources_of(path)
-    if len(sources) != 1 or sources[0].weight != 1:
-        raise DataError(
-            f"found {len(sources)} source(s) with weights; expected one without for streaming, since a weight is of a "
-            "source's length: join the files, or leave streaming out"
-        )
-    return replace(sources[0], columns=sources[0].columns or columns, question=sources[0].question or question)
-
-
-def _stream(
-    source: Source, *, preparation: Mapping[str, Any], media_root: str | Path | None, **options: Any
+def load_stream(
+    source: Source,
+    *,
+    media_root: str | Path | None = None,
+    processor: Any,
+    max_length: int | None = None,
+    on_error: Literal["error", "skip"] = "error",
+    max_skipped: float = 0.01,
+    limits: MediaLimits | None = None,
+    shuffle_buffer: int = SHUFFLE_BUFFER,
+    seed: int = 0,
 ) -> StreamingDataset:
+    """One source as a stream, whatever its weight; arguments and errors as `load_dataset`."""
+    preparation = Preparation(
+        processor=processor,
+        path=Path(source.path),
+        media_root=_root(source, media_root),
+        limits=limits or MediaLimits(),
+        max_length=max_length,
+    )
     return StreamingDataset(
         source.path,
-        preparation=Preparation(path=Path(source.path), media_root=_root(source, media_root), **preparation),
+        preparation=preparation,
+        on_error=on_error,
+        max_skipped=max_skipped,
         columns=source.columns,
         question=source.question,
-        **options,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
     )
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mmpeft.core.errors import DataError
 from mmpeft.data.audio import MAX_SECONDS, AudioFacts, TooLong, check_audio, load_audio
 from mmpeft.data.boxes import relative_values
 from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image, upright_sizes
@@ -130,21 +129,3 @@ def film_facts(name: str, root: Path) -> VideoFacts:
 def recording_facts(name: str, root: Path) -> AudioFacts:
     """`check_audio`, once for each recording of a data file."""
     return check_audio(name, root=root)
-
-
-def check_films_and_recordings(sample: Sample, root: Path, limits: MediaLimits) -> None:
-    """Read the headers of a sample's films and recordings, each file once.
-
-    Raises:
-        DataError: one is missing, outside `root`, unreadable or too long; names it.
-        MissingDependencyError: a medium needs a library that is not installed.
-    """
-    for name in sample.videos:
-        film_facts(name, root)
-    for name in sample.audios:
-        facts = recording_facts(name, root)
-        if limits.too_long == "error" and facts.duration > limits.max_seconds:
-            raise DataError(
-                f"audio file {name!r} lasts {facts.duration:.0f} s; the limit is {limits.max_seconds:.0f} s: cut it, "
-                "or allow more"
-            )

@@ -126,15 +126,6 @@ class Note(NamedTuple):
     text: str
 
 
-def picture_notes(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[str, ...]:
-    """What loading a picture leaves out, in a sentence each; as `load_with_notes`.
-
-    Raises:
-        DataError: as `load_image`.
-    """
-    return tuple(note.text for note in load_with_notes(name, root=root, max_image_pixels=max_image_pixels)[1])
-
-
 def load_image(name: str | Path, *, root: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """A picture, decoded: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8, first frame.
 

@@ -114,6 +114,11 @@ class Part:
     dataset: Any
     count: int
 
+    @property
+    def samples(self) -> int:
+        """How many the source has."""
+        return len(self.dataset)
+
 
 class MixedDataset(Dataset[Encoded]):
     """Samples of several sources; an epoch shows `weight` times as many of each as it has.

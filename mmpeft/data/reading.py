@@ -239,17 +239,30 @@ def _said(error: Exception) -> str:
 
 
 class _Window:
-    """The part of a text that has been read and not yet consumed."""
+    """The part of a text that has been read and not yet consumed; `_later` comes before what the file still holds."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.position, self.line = file, "", 0, 1
+        self._later, self._taken = "", 0
 
     def more(self) -> bool:
         """Forget what was consumed and read on; False at the end of the file."""
         self.text, self.position = self.text[self.position :], 0
-        chunk = self.file.read(max(CHUNK, len(self.text)))
+        size = max(CHUNK, len(self.text))
+        chunk = self._later[self._taken : self._taken + size]
+        self._taken += len(chunk)
+        if not chunk:
+            self._later, self._taken = "", 0
+            chunk = self.file.read(size)
         self.text += chunk
         return bool(chunk)
+
+    def shrink(self) -> None:
+        """After a long row, look at what follows in short pieces again: the next may be small, and of many values."""
+        kept = self.position + CHUNK
+        if len(self.text) > kept + CHUNK:
+            self._later, self._taken = self.text[kept:] + self._later[self._taken :], 0
+            self.text = self.text[:kept]
 
     def advance(self, position: int) -> None:
         self.line += self.text.count("\n", self.position, position)
@@ -344,6 +357,7 @@ def _decode(decoder: _Decoder, window: _Window, path: Path, count: int) -> Any:
             raise DataError(f"{path}:{window.line}: sample {count} cannot be read: {_said(error)}") from error
         if end < len(window.text) or not window.more():
             window.advance(end)
+            window.shrink()
             return value
 
 

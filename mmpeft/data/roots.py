@@ -6,9 +6,10 @@ shards/000.tar::cat.jpg                a member of a container below the root
 data:image/png;base64,iVBORw0…         the medium itself
 """
 
+import os
 import re
 import urllib.parse
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mmpeft.core.errors import DataError
 from mmpeft.data.embedded import Embedded, data_url, member_of, shown, split_member
@@ -72,12 +73,13 @@ def _file_inside(text: str, root: Path, kind: str) -> Path:
 
 def _near(base: Path, text: str) -> str:
     """A file that the name may have meant: with / for a backslash, or with another ending; "" if there is none."""
-    path = PurePosixPath(text.replace("\\", "/"))
-    suffixes = next((alike for alike in SUFFIXES.values() if path.suffix.lower() in alike), ())
-    names = [path, *(path.with_suffix(suffix) for suffix in suffixes)]
-    names += [path.with_suffix(suffix.upper()) for suffix in suffixes]
+    name = text.replace("\\", "/")
+    stem, suffix = os.path.splitext(name)
+    alike = next((suffixes for suffixes in SUFFIXES.values() if suffix.lower() in suffixes), ())
+    names = [name, *(stem + ending for suffix in alike for ending in (suffix, suffix.upper()))]
     for name in names:
-        found = (base / name).resolve()
-        if found.is_relative_to(base) and found.is_file():
-            return str(name)
+        # Resolved only where something is there, for that is slow, and all of a data set may be missing.
+        found = os.path.join(base, name)
+        if os.path.isfile(found) and Path(found).resolve().is_relative_to(base):
+            return name
     return ""

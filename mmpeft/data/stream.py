@@ -9,6 +9,7 @@ row is read and decoded, and its media opened, only by the worker that trains on
 decoded on the way; their media are not.
 """
 
+import contextlib
 import logging
 import math
 import random
@@ -27,6 +28,7 @@ from mmpeft.data.augment import Augmentation, AugmentSettings
 from mmpeft.data.encode import Encoded
 from mmpeft.data.formats import Row, fingerprint, read_rows, row_parser
 from mmpeft.data.lines import LineAt, line_places, read_line
+from mmpeft.data.mixture import naming_source
 from mmpeft.data.prepare import Preparation
 from mmpeft.data.problems import problems_error
 from mmpeft.data.reading import Located
@@ -242,11 +244,12 @@ class StreamingDataset(IterableDataset[Encoded]):
         return [row for row in rows if row.sample is not None and row.sample.index not in bad]
 
 
-def take_from(sources: Sequence[StreamingDataset], places: Sequence[Place]) -> Taken:
-    """The samples at places of some sources; see `StreamingDataset.take`."""
+def take_from(sources: Sequence[StreamingDataset], places: Sequence[Place], names: Sequence[str] = ()) -> Taken:
+    """The samples at places of some sources; see `StreamingDataset.take`. Errors begin with the source's name."""
     taken, skipped = Taken(), []
     for place in places:
-        found = sources[place.source].usable(place)
+        with naming_source(names[place.source]) if names else contextlib.nullcontext():
+            found = sources[place.source].usable(place)
         if isinstance(found, SkippedSample):
             skipped.append(found)
         else:

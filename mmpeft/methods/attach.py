@@ -18,7 +18,7 @@ from mmpeft.families.registry import family_of, trained_model
 from mmpeft.families.spec import FamilySpec
 from mmpeft.methods.lora import lora_config
 from mmpeft.methods.plan import base_name
-from mmpeft.methods.readable import check_readable
+from mmpeft.methods.readable import stored_modules
 
 
 def get_peft_model(
@@ -61,7 +61,7 @@ def get_peft_model(
     peft_model = _attach(model, lora_config(model, spec, held, saved=saved))
     freeze_carried(peft_model, parts)
     _check_trainable(peft_model, parts)
-    check_readable(peft_model)
+    stored_modules(peft_model)  # Refuses what PEFT would not read back.
     _in_full_precision(peft_model)
     return peft_model
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from mmpeft.config.train import PartTraining, changes_base
 from mmpeft.core.errors import AdapterError
 from mmpeft.core.files import read_json, whole_directory, write_json
+from mmpeft.methods.readable import renamed, stored_modules
 from mmpeft.models.load import FACTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def save_adapter(
     with whole_directory(path) as folder:
         write_peft_files(model, folder)
         if initial is not None:
-            _as_plain_lora(folder, initial)
+            _as_plain_lora(folder, renamed(initial, stored_modules(model)))
         _make_base_absolute(folder)
         if processor is not None:
             processor.save_pretrained(folder)
@@ -102,6 +103,10 @@ def write_peft_files(model: PeftModel, folder: Path, state_dict: dict[str, torch
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
     if _config(model).use_dora:
         _rename_magnitudes(folder)
+    modules = stored_modules(model)
+    if modules:
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        save_file(renamed(load_file(weights), modules), weights, metadata={"format": "pt"})
 
 
 def _rename_magnitudes(folder: Path) -> None:
@@ -189,7 +194,8 @@ def carry_over(model: PeftModel, previous: str | Path) -> list[str]:
     Raises:
         AdapterError: a tensor of the earlier adapter has no place here, or another shape.
     """
-    weights = read_weights(previous)
+    modules = stored_modules(model)
+    weights = renamed(read_weights(previous), {stored: name for name, stored in modules.items()})
     current = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = sorted(set(weights) - set(current))
     if lost:
@@ -203,7 +209,7 @@ def carry_over(model: PeftModel, previous: str | Path) -> list[str]:
                 f"{previous}: {name} has shape {tuple(tensor.shape)}, the next stage expects "
                 f"{tuple(current[name].shape)}; give both stages the same `r`"
             )
-    set_peft_model_state_dict(model, {**current, **weights})
+    set_peft_model_state_dict(model, renamed({**current, **weights}, modules))
     logger.info("carried %d tensors over from %s", len(weights), previous)
     return sorted(weights)
 

@@ -118,7 +118,7 @@ def training_arguments(
         "per_device_eval_batch_size": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "num_train_epochs": stage.epochs,
-        "max_steps": stage.max_steps or -1,
+        "max_steps": steps if recipe.data.streaming else stage.max_steps or -1,
         "learning_rate": max(learning_rates(stage).values()),
         "seed": recipe.seed,
         "data_seed": recipe.seed,

@@ -1,19 +1,23 @@
 """A recipe's data: loaded, checked against its stages, and described for the run's records."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from mmpeft.config.data import SourceConfig
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.hashing import hash_value
-from mmpeft.data.dataset import MultimodalDataset, load_dataset, load_file
+from mmpeft.data.dataset import MultimodalDataset, load_dataset, load_file, load_stream
 from mmpeft.data.formats import source_root
 from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.mixture import MixedDataset, Source
 from mmpeft.data.stream import StreamingDataset
+from mmpeft.data.stream_mixture import Stream, StreamedMixture
 
-TrainData = MultimodalDataset | MixedDataset | StreamingDataset
+TrainData = MultimodalDataset | MixedDataset | Stream
+
+Mixture = MixedDataset | StreamedMixture
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +30,15 @@ def load_train(recipe: Recipe, processor: Any) -> TrainData:
     """
     sources = [Source(**source.model_dump()) for source in recipe.data.sources]
     dataset: TrainData
+    options = _options(recipe, processor)
+    alone = sources[0] if recipe.data.alone else None
     if recipe.data.streaming:
-        dataset = load_dataset(
-            sources,
-            streaming=True,
-            shuffle_buffer=recipe.data.shuffle_buffer,
-            seed=recipe.seed,
-            **_options(recipe, processor),
-        )
-    elif len(sources) == 1 and sources[0].weight == 1:
-        dataset = load_file(sources[0], **_options(recipe, processor))
+        options |= {"shuffle_buffer": recipe.data.shuffle_buffer, "seed": recipe.seed}
+        dataset = load_stream(alone, **options) if alone else load_dataset(sources, streaming=True, **options)
+    elif alone:
+        dataset = load_file(alone, **options)
     else:
-        dataset = load_dataset(sources, seed=recipe.seed, **_options(recipe, processor))
+        dataset = load_dataset(sources, seed=recipe.seed, **options)
     dataset.augment_with(recipe.data.augment, seed=recipe.seed)
     return dataset
 
@@ -77,12 +78,13 @@ def check_media(recipe: Recipe, dataset: TrainData) -> None:
     Raises:
         RecipeError: names stage, parts and files.
     """
-    if isinstance(dataset, StreamingDataset):
-        # The rest of the file is not known.
-        if not any(any(row.sample.media.values()) for row in dataset.head if row.sample is not None):
-            logger.warning("%s: none of its first %d samples has a picture", dataset.path, len(dataset.head))
+    if isinstance(dataset, Stream):
+        # The rest of the files is not known.
+        heads = [row for stream in _parts(dataset) for row in stream.head]
+        if not any(any(row.sample.media.values()) for row in heads if row.sample is not None):
+            logger.warning("%s: none of its first %d samples has a picture", dataset.path, len(heads))
         return
-    files = [part.dataset for part in dataset.parts] if isinstance(dataset, MixedDataset) else [dataset]
+    files = _parts(dataset)
     if any(any(file.sample(index).media.values()) for file in files for index in range(len(file))):
         return
     for stage in recipe.stages:
@@ -95,8 +97,15 @@ def check_media(recipe: Recipe, dataset: TrainData) -> None:
             )
 
 
+def _parts(dataset: TrainData) -> list[Any]:
+    """The data sets that a mixture is made of; any other by itself."""
+    return [part.dataset for part in dataset.parts] if isinstance(dataset, Mixture) else [dataset]
+
+
 def count_samples(dataset: TrainData) -> int | None:
     """Samples of an epoch; None where they are not known before they have been read."""
+    if isinstance(dataset, StreamedMixture):
+        return dataset.samples
     return None if isinstance(dataset, StreamingDataset) else len(dataset)
 
 
@@ -112,19 +121,31 @@ def describe_data(recipe: Recipe, train: TrainData, held_out: MultimodalDataset 
 
 
 def _describe_train(recipe: Recipe, dataset: TrainData) -> dict[str, Any]:
-    if not isinstance(dataset, MixedDataset):
+    if not isinstance(dataset, Mixture):
         return _describe_file(recipe, dataset, recipe.data.sources[0])
+    parts: Sequence[Any] = dataset.parts
     sources = [
-        {"name": part.name, "weight": part.weight, "shown": part.count, **_describe_file(recipe, part.dataset, source)}
-        for part, source in zip(dataset.parts, recipe.data.sources, strict=True)
+        {
+            "name": part.name,
+            "weight": part.weight,
+            "samples": part.samples,
+            "shown": part.count,
+            **_describe_file(recipe, part.dataset, source),
+        }
+        for part, source in zip(parts, recipe.data.sources, strict=True)
     ]
-    return {
+    whole = {
         "file": ", ".join(source["file"] for source in sources),
-        "samples": len(dataset),
-        "truncated": dataset.truncated,
+        "samples": count_samples(dataset),
         "fingerprint": hash_value([[source["fingerprint"], source["weight"]] for source in sources]),
-        "skipped": [vars(skipped) for skipped in dataset.skipped],
         "sources": sources,
+    }
+    if isinstance(dataset, StreamedMixture):
+        return {**whole, "streaming": True}
+    return {
+        **whole,
+        "truncated": dataset.truncated,
+        "skipped": [vars(skipped) for skipped in dataset.skipped],
     }
 
 
@@ -150,9 +171,9 @@ def _describe_file(
 
 def describe_sources(dataset: TrainData) -> list[dict[str, Any]]:
     """The sources of a mixture for plan.json: name, weight, samples, and how many of them an epoch shows."""
-    if not isinstance(dataset, MixedDataset):
+    if not isinstance(dataset, Mixture):
         return []
     return [
-        {"name": part.name, "weight": part.weight, "samples": len(part.dataset), "shown": part.count}
+        {"name": part.name, "weight": part.weight, "samples": part.samples, "shown": part.count}
         for part in dataset.parts
     ]

@@ -11,7 +11,7 @@ from mmpeft.config.recipe import EvaluateConfig
 from mmpeft.core.errors import DataError
 from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.mixture import MixedDataset
-from mmpeft.data.stream import StreamingDataset
+from mmpeft.data.stream_mixture import Stream
 from mmpeft.evaluation.generate import answer_questions
 from mmpeft.evaluation.metrics import load_metric
 from mmpeft.evaluation.scores import score_answers
@@ -20,7 +20,7 @@ from mmpeft.evaluation.scores import score_answers
 def evaluate_model(
     model: Any,
     processor: Any,
-    dataset: MultimodalDataset | MixedDataset | StreamingDataset,
+    dataset: MultimodalDataset | MixedDataset | Stream,
     *,
     metrics: Sequence[str] = ("exact_match", "token_f1", "anls"),
     max_new_tokens: int = 64,

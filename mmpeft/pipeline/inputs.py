@@ -10,12 +10,13 @@ from transformers.utils import cached_file
 
 from mmpeft.config.recipe import ComposeConfig, Recipe, StageConfig
 from mmpeft.core.hashing import hash_file, hash_value
-from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.embedded import split_member
 from mmpeft.data.mixture import MixedDataset
 from mmpeft.data.roots import resolve_inside
 from mmpeft.data.stream import StreamingDataset
+from mmpeft.data.stream_mixture import StreamedMixture
 from mmpeft.models.checkpoints import check_name, reading
+from mmpeft.pipeline.data import TrainData
 from mmpeft.pipeline.facts import versions
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,13 @@ def base_hash(recipe: Recipe) -> str:
     return hash_value(model_identity(recipe.model))
 
 
-def data_hash(dataset: MultimodalDataset | MixedDataset | StreamingDataset) -> str:
+def data_hash(dataset: TrainData) -> str:
     """Of a data set: its file's content, size and time of each medium, and how much of it is decoded.
 
     Of a mixture: of each source, with its weight. Of a stream: the file's size and time, for it is not read twice;
     media are not looked at.
     """
-    if isinstance(dataset, MixedDataset):
+    if isinstance(dataset, MixedDataset | StreamedMixture):
         return hash_value([[part.weight, data_hash(part.dataset)] for part in dataset.parts])
     varied = [dataset.augmentation.to_dict()] if dataset.augmentation is not None else []
     if isinstance(dataset, StreamingDataset):

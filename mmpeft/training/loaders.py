@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler, StreamBatchSampler, StreamCollator, StreamedRows
-from mmpeft.data.stream import StreamingDataset
+from mmpeft.data.stream_mixture import Stream
 
 
 def global_loader(
@@ -40,7 +40,7 @@ def global_loader(
     return _EpochLoader(BlankedDataset(dataset), batch_sampler=sampler, collate_fn=collator, **_workers(args))
 
 
-def stream_sampler(dataset: StreamingDataset, args: TrainingArguments) -> StreamBatchSampler:
+def stream_sampler(dataset: Stream, args: TrainingArguments) -> StreamBatchSampler:
     """What cuts a stream for this process; `args.max_steps` says how much of it is read.
 
     Raises:

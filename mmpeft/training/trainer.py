@@ -19,7 +19,7 @@ from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
 from mmpeft.core.types import Part
 from mmpeft.data.packing import PackedCollator
-from mmpeft.data.stream import StreamingDataset
+from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import tree_attention_on
@@ -95,7 +95,7 @@ class MultimodalTrainer(Trainer):
         Elsewhere is: on several processes, of a stream, and where samples on the same media come together.
         """
         dataset: Any = self.train_dataset
-        streamed = isinstance(dataset, StreamingDataset)
+        streamed = isinstance(dataset, Stream)
         if not streamed and (not hasattr(dataset, "__len__") or (self.args.world_size == 1 and not self.share_media)):
             return super().get_train_dataloader()
         collator = self._get_collator_with_removed_columns(self.data_collator, description="training")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmpeft.data.chat import control_tokens
-from mmpeft.data.check import Report, check_data
+from mmpeft.data.check import Report, check_data, count_lines
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, difference_hash
 from mmpeft.data.dataset import load_dataset
 from mmpeft.data.formats import describe
@@ -251,3 +251,14 @@ def test_lengths_in_tokens_are_those_of_training_whatever_the_medium(tmp_path, f
         (encoded,) = load_dataset(path, processor=reader)
         assert report.lengths["max"] == len(encoded["input_ids"]), item["id"]
         assert (report.lengths["cut"], report.errors) == (1, [])
+
+
+def test_progress_is_told_in_rows_and_lines_up_to_the_end_of_the_file(tmp_path):
+    path = write_json(tmp_path / "a.json", [row(id=str(number)) for number in range(600)])
+    told = []
+    check_data(path, on_progress=lambda done, line: told.append((done, line)))
+    assert [done for done, _ in told] == [256, 512, 600]
+    lines = count_lines(path)
+    assert 0 < told[0][1] < told[1][1] < told[2][1] <= lines
+    assert told[2][1] > 0.98 * lines
+    assert count_lines(tmp_path) is None

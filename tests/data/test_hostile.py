@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from PIL import Image
 from mmpeft.core.errors import DataError
 from mmpeft.data.check import check_data
 from mmpeft.data.dataset import load_dataset
+from mmpeft.data.mend import mend_data
 from mmpeft.data.reading import read_objects
+from mmpeft.data.show import describe_samples
 from tests.data.files import gpt, human, picture, row, write_lines
 from tests.data.films import film, recording
 from tests.tiny import tiny_processor
@@ -155,24 +158,86 @@ def outside_and_inside(folder: Path) -> tuple[Path, list[dict]]:
     return secret, rows
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="inotify, which sees what C libraries open, is Linux's")
+class Watched:
+    """What is opened or read of a folder and its files, by the kernel's own word, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.watch = libc.inotify_init1(os.O_NONBLOCK)
+        opened_or_read = 0x20 | 0x01
+        for place in (folder, *folder.iterdir()):
+            assert libc.inotify_add_watch(self.watch, os.fsencode(place), opened_or_read) > 0
+
+    def seen(self) -> bytes:
+        """The kernel's notices since the last call; names of files stand in them."""
+        try:
+            return os.read(self.watch, 4096)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        os.close(self.watch)
+
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="inotify, which sees what C libraries open, is Linux's")
+
+
+@only_linux
 def test_nothing_outside_the_media_root_is_opened_by_the_process(tmp_path):
     secret, rows = outside_and_inside(tmp_path)
     path = write_lines(tmp_path / "root" / "a.jsonl", rows)
-    libc = ctypes.CDLL(None, use_errno=True)
-    watch = libc.inotify_init1(os.O_NONBLOCK)
-    opened_or_read = 0x20 | 0x01
-    for place in (secret, *secret.iterdir()):
-        assert libc.inotify_add_watch(watch, os.fsencode(place), opened_or_read) > 0
-    report = check_data(path)
-    with pytest.raises(DataError, match=f"{len(rows)} samples"):
-        load_dataset(path, processor=tiny_processor(), verify="decode")
-    with pytest.raises(BlockingIOError):
-        os.read(watch, 4096)
-    (secret / "a.png").read_bytes()
-    assert os.read(watch, 4096)
-    os.close(watch)
+    with closing(Watched(secret)) as watched:
+        report = check_data(path)
+        with pytest.raises(DataError, match=f"{len(rows)} samples"):
+            load_dataset(path, processor=tiny_processor(), verify="decode")
+        mend_data(path, tmp_path / "root" / "mended.jsonl")
+        list(describe_samples(path))
+        assert not watched.seen()
+        (secret / "a.png").read_bytes()
+        assert watched.seen()
     assert (report.samples, report.error_count) == (0, len(rows))
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    """Folders and files of other layouts that name or link to what lies outside them."""
+    secret, _ = outside_and_inside(tmp_path)
+    (secret / "words.txt").write_text("secret words")
+    (secret / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "secret"}) + "\n")
+    linked, named, classes = (tmp_path / name for name in ("linked", "named", "classes"))
+    for place in (linked, named, classes):
+        place.mkdir()
+        picture(place / "good.png")
+        (place / "good.txt").write_text("good")
+    (linked / "a.png").symlink_to(secret / "a.png")
+    (linked / "a.txt").write_text("a")
+    picture(linked / "b.png")
+    (linked / "b.txt").symlink_to(secret / "words.txt")
+    (named / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps({"file_name": name, "text": "t"}) + "\n" for name in ("../secret/a.png", str(secret / "a.png"))
+        )
+    )
+    (classes / "cats").symlink_to(secret)
+    (classes / "metadata.jsonl").symlink_to(secret / "metadata.jsonl")
+    table = tmp_path / "root" / "t.csv"
+    table.write_text(f"image,question,answer\n../secret/a.png,q,a\n{secret}/a.png,q,a\n")
+    pointed = tmp_path / "root" / "pointed.tar"
+    pointed.symlink_to(secret / "a.tar")
+    return [linked, named, classes, table]
+
+
+@only_linux
+def test_folders_and_tables_lead_to_nothing_outside_either(tmp_path):
+    paths = folders(tmp_path)
+    with closing(Watched(tmp_path / "secret")) as watched:
+        for path in paths:
+            report = check_data(path)
+            assert not watched.seen(), path
+            assert report.samples <= 1, path
+            assert all("secret words" not in message for message in report.errors)
+            with pytest.raises(DataError):
+                load_dataset(path, processor=tiny_processor(), verify="decode")
+            assert not watched.seen(), path
 
 
 def child(code: str, *arguments: str) -> object:

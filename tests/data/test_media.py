@@ -14,7 +14,6 @@ from mmpeft.data.media import (
     check_image,
     load_image,
     load_with_notes,
-    picture_notes,
     upright_sizes,
 )
 from tests.data.files import picture
@@ -26,6 +25,10 @@ def failure(name, root, function=load_image, **options):
     with pytest.raises(DataError) as caught:
         function(name, root=root, **options)
     return str(caught.value)
+
+
+def notes_of(name, root):
+    return tuple(note.text for note in load_with_notes(name, root=root)[1])
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -183,9 +186,7 @@ def test_cmyk_jpegs_as_printers_and_adobe_write_them_become_rgb(tmp_path):
     assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
     red, green, blue = load_image("a.jpg", root=tmp_path).getpixel((8, 8))
     assert red > 240 > 15 > max(green, blue)
-    assert picture_notes("a.jpg", root=tmp_path) == (
-        "picture 'a.jpg' is in CMYK; its colours are converted without a profile",
-    )
+    assert notes_of("a.jpg", tmp_path) == ("picture 'a.jpg' is in CMYK; its colours are converted without a profile",)
 
 
 def test_sixteen_bit_colour_is_scaled_too(tmp_path):
@@ -227,9 +228,9 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_image("a.gif", root=tmp_path).getpixel((0, 0)) == RED
-    assert picture_notes("a.gif", root=tmp_path) == ("picture 'a.gif' has 2 frames; the first is used",)
+    assert notes_of("a.gif", tmp_path) == ("picture 'a.gif' has 2 frames; the first is used",)
     picture(tmp_path / "a.png")
-    assert picture_notes("a.png", root=tmp_path) == ()
+    assert notes_of("a.png", tmp_path) == ()
 
 
 @pytest.mark.parametrize("form", ["WEBP", "PNG", "TIFF"])

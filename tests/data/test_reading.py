@@ -153,6 +153,16 @@ def test_a_row_too_large_is_refused_with_its_line(tmp_path, monkeypatch, name):
             assert f"{path}:2: sample 1, which starts here, has more than {what}" in failure(path)
 
 
+def test_a_row_of_many_values_is_refused_after_a_long_row_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK", 100)
+    monkeypatch.setattr(reading, "MAX_VALUES", 300)
+    path = tmp_path / "a.json"
+    rows = [{"a": "x" * 5000}, {"a": 1}, {"a": [0] * 400}]
+    path.write_text("[" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in rows) + "]")
+    with pytest.raises(DataError, match=r"a\.json:3: sample 2, which starts here, has more than 300 values"):
+        list(read_objects(path))
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_a_key_said_twice_and_a_number_without_end_are_faults_of_their_row(tmp_path, name):
     rows = ['{"a": 1, "b": 2, "a": 3}', '{"a": {"b": 1, "b": 1}}', '{"a": ' + "9" * 5000 + "}", '{"a": 1}']

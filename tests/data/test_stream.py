@@ -255,13 +255,6 @@ def test_a_blank_is_a_sample_without_a_label(path, processor):
     assert set(blank["labels"].tolist()) == {IGNORE_INDEX}
 
 
-def test_streaming_takes_one_source_without_a_weight(path, processor):
-    assert len(list(stream([{"path": path}], processor))) == 37
-    for sources in ([path, {"path": path, "name": "b"}], [{"path": path, "weight": 2}]):
-        with pytest.raises(DataError, match="expected one without for streaming"):
-            stream(sources, processor)
-
-
 def test_a_file_that_changes_has_another_fingerprint(path, processor):
     before = stream(path, processor).fingerprint
     assert stream(path, processor).fingerprint == before

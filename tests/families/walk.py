@@ -36,6 +36,8 @@ FIRST_CLASS = {model_type for spec in FAMILIES for model_type in spec.model_type
 HAND = ("note", "exclude_modules", "auto_class", "needs", "reason")
 """Fields of a record that are written by hand."""
 
+MOST_PARAMETERS = 5_000_000
+
 TOLERANCE = 1e-5
 """Largest difference of logits after reloading; most types give exactly the same."""
 
@@ -49,6 +51,7 @@ def walk(model_type: str, folder: Path, train: dict[str, Any] | None = None, *, 
         The step that was possible, and for a type without a file of facts what inspection found.
     """
     model = tiny_model(model_type)
+    assert sum(weight.numel() for weight in model.parameters()) < MOST_PARAMETERS
     base, spec = copy.deepcopy(model), family_of(model)
     inputs = inputs_of(model)
     model.save_pretrained(folder / "base")

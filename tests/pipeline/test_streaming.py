@@ -183,16 +183,55 @@ def test_a_picture_that_cannot_be_read_is_named_when_its_turn_comes(tmp_path, wo
         run(path)
 
 
-def test_a_stage_without_steps_and_several_sources_are_errors():
+def test_a_stage_of_one_source_without_steps_is_an_error():
     base = {"model": "m", "data": {"train": "a.jsonl", "streaming": True}}
     stages = [{"name": "one", "train": {"projector": "full"}}]
-    with pytest.raises(RecipeError, match=r"stages.one.max_steps: missing; data.streaming does not know how many"):
+    with pytest.raises(RecipeError, match=r"stages.one.max_steps: missing; data.streaming does not count the samples"):
         Recipe.from_dict({**base, "stages": stages})
     stages[0]["max_steps"] = 3
     assert Recipe.from_dict({**base, "stages": stages}).data.shuffle_buffer == 10_000
-    base["data"]["train"] = ["a.jsonl", "b.jsonl"]
-    with pytest.raises(RecipeError, match=r"data.train: found 2 source\(s\) with weights; data.streaming takes one"):
-        Recipe.from_dict({**base, "stages": stages})
+    # Of several sources the samples are counted, for a weight is relative to their number.
+    base["data"]["train"] = ["a.jsonl", {"path": "b.jsonl", "weight": 2}]
+    del stages[0]["max_steps"]
+    assert Recipe.from_dict({**base, "stages": stages}).data.streaming
+
+
+def test_several_sources_stream_with_their_weights(tmp_path):
+    """Epochs of 8 and 12 samples in steps of 8; what two processes see, and a killed run sees after it goes on."""
+
+    def mixed(folder, **stage):
+        path = project(folder)
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "data" / "one.jsonl").write_text("".join(lines[:16]), encoding="utf-8")
+        (folder / "data" / "two.jsonl").write_text("".join(lines[16:]), encoding="utf-8")
+        train = [
+            {"path": str(folder / "data" / "one.jsonl"), "weight": 0.5},
+            {"path": str(folder / "data" / "two.jsonl"), "weight": 2},
+        ]
+        return write_project(folder, stages=[{**STAGE, **stage}], data={**data, "train": train, "shuffle_buffer": 4})
+
+    run(mixed(tmp_path / "a", max_steps=None, epochs=2))
+    assert [row["step"] for row in rows_of(tmp_path / "a")] == list(range(1, 7))
+    train = read_json(tmp_path / "a" / "run" / "data.json")["train"]
+    assert (train["samples"], train["streaming"]) == (20, True)
+    assert [(source["name"], source["samples"], source["shown"]) for source in train["sources"]] == [
+        ("one", 16, 8),
+        ("two", 6, 12),
+    ]
+    done = two_processes(mixed(tmp_path / "b", max_steps=None, epochs=2))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+
+    long = {"max_steps": 60, "trainer": {"save_steps": 5}}
+    run(mixed(tmp_path / "c", **long))
+    broken = mixed(tmp_path / "d", **long)
+    process = start_and_wait_for(broken, tmp_path / "d/run/stages/01-language/metrics.jsonl", 13)
+    process.kill()
+    process.communicate(timeout=60)
+    run(broken)
+    assert losses(tmp_path / "c") == losses(tmp_path / "d")
+    assert same_weights(tmp_path / "c", tmp_path / "d")
 
 
 def test_another_order_than_the_buffers_is_an_error(tmp_path):

@@ -45,7 +45,7 @@ def media_folder(folder: Path) -> Container | None:
             name="a folder with captions",
             root=folder,
             rows=lambda: _from_texts(folder, media),
-            digest=lambda: listing_digest(media, root=folder, read=written),
+            digest=lambda: listing_digest(media, root=folder, read=[path for path in written if _inside(path, folder)]),
         )
     loose = [path for path in media if len(path.relative_to(folder).parts) != 2]
     if loose:
