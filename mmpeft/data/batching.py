@@ -14,6 +14,10 @@ from mmpeft.data.stream import Place, Taken
 from mmpeft.data.stream_mixture import Stream
 
 
+TOGETHER = 8
+"""Most samples on the same media that are brought together: more would leave too few media in a step."""
+
+
 class GlobalBatchSampler(Sampler[list[int]]):
     """Micro-batches of one process, cut from global batches that do not depend on how many processes there are.
 
@@ -30,8 +34,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     The order is accelerate's `SeedableRandomSampler`: a permutation by torch's generator seeded with
     `seed + epoch`, so that one process sees what `transformers.Trainer` shows it.
 
-    With `media`, samples on the same media come together, up to a micro-batch of them: the first of them in the
-    shuffled order takes the others with it, and the order is otherwise what it was.
+    With `media`, samples on the same media come together, up to `TOGETHER` of them: the first of them in the shuffled
+    order takes the others with it, and the order is otherwise what it was. It does not depend on `micro`.
 
     Args:
         length: samples in the data set.
@@ -73,7 +77,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.length, generator=generator).tolist()
         if self.media is not None:
-            order = together(order, self.media, self.micro)
+            order = together(order, self.media, TOGETHER)
         width = self.micro * self.world
         for start in range(0, self.length, width):
             chunk = order[start : start + width]
