@@ -13,7 +13,6 @@ from mmpeft.data.encode import Encoded
 from mmpeft.data.stream import Place, Taken
 from mmpeft.data.stream_mixture import Stream
 
-
 TOGETHER = 8
 """Most samples on the same media that are brought together: more would leave too few media in a step."""
 

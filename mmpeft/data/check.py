@@ -32,6 +32,7 @@ EXTREME_ASPECT_RATIO = 10
 MOST_KINDS = 1000
 """Distinct kinds, and unknown keys, that a report counts apart."""
 
+_NOTHING_LEFT = "no answer token is left"
 _KINDS_OF_ERROR = {
     "placeholder": "placeholder",
     "both from": "turn order",
@@ -227,7 +228,7 @@ class _Check:
         try:
             self._measure(sample, media)
         except DataError as error:
-            self.report.error("chat template", f"{where}: {error}")
+            self.report.error("cut" if _NOTHING_LEFT in str(error) else "chat template", f"{where}: {error}")
             return
         self.report.samples += 1
         self.report.turns += sum(turn.role != "system" for turn in sample.turns)
@@ -264,19 +265,20 @@ class _Check:
                 self.report.warn("looks held out", f"{where}: {text}")
 
     def _measure(self, sample: Sample, media: Sequence[Found | None]) -> None:
-        length = self._length(sample, media)
+        tokens = self._tokens(sample, media) if self.processor is not None else None
+        length = sum(len(turn.text) for turn in sample.turns) if tokens is None else len(tokens.input_ids)
         self.lengths.append(length)
         self.longest = max(self.longest, (length, -sample.line))
         if self.max_length is not None and length > self.max_length:
             self.cut = self.cut or sample.line
+            if tokens is not None:
+                lengths.check_cut(self.processor, tokens, self.max_length)
 
-    def _length(self, sample: Sample, media: Sequence[Found | None]) -> int:
-        if self.processor is None:
-            return sum(len(turn.text) for turn in sample.turns)
+    def _tokens(self, sample: Sample, media: Sequence[Found | None]) -> Any:
         if sample.boxes and None not in media:
             self.report.convention = lengths.box_convention(self.processor)
             sample = lengths.spelt_out(self.processor, sample, root=self.media.root, limits=self.media.limits)
-        return int(lengths.token_length(self.processor, sample, media))
+        return lengths.sample_tokens(self.processor, sample, media)
 
     def finish(self) -> None:
         report = self.report
@@ -293,9 +295,10 @@ class _Check:
         report.lengths = self._distribution()
         if cut := report.lengths.get("cut"):
             longest, line = self.longest
+            are = f"{cut} of {len(self.lengths)} samples {'is' if cut == 1 else 'are'}"
             report.warn(
                 "cut",
-                f"{self.path}:{self.cut}: {cut} of {report.samples} samples {'is' if cut == 1 else 'are'} longer than "
+                f"{self.path}:{self.cut}: {are} longer than "
                 f"{self.max_length} {report.lengths['unit']} (here first; the longest, of {longest}, in line {-line}): "
                 "training cuts their ends off",
             )

@@ -1,7 +1,6 @@
 """A sample's media, decoded within limits; runs in the workers of a DataLoader, and in threads."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,6 @@ from mmpeft.data.boxes import relative_values
 from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image, upright_sizes
 from mmpeft.data.types import Audio, Media, Question, Sample, Video
 from mmpeft.data.video import VideoFacts, check_video, load_video
-
-_CACHED = 65_536
-"""Films and recordings whose headers are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +113,3 @@ def check_media(sample: Sample, *, root: Path, limits: MediaLimits) -> MediaFact
         videos=tuple(check_video(name, root=root) for name in sample.videos),
         audios=tuple(check_audio(name, root=root) for name in sample.audios),
     )
-
-
-@lru_cache(maxsize=_CACHED)
-def film_facts(name: str, root: Path) -> VideoFacts:
-    """`check_video`, once for each film of a data file."""
-    return check_video(name, root=root)
-
-
-@lru_cache(maxsize=_CACHED)
-def recording_facts(name: str, root: Path) -> AudioFacts:
-    """`check_audio`, once for each recording of a data file."""
-    return check_audio(name, root=root)

@@ -69,7 +69,12 @@ def plan_packing(
         carriers=tuple(row.carriers),
         index=torch.cat(row.index),
         positions=torch.cat(row.positions),
-        tree=Tree(segments=tuple(row.segments), samples=len(samples), tokens=tokens, padded=row.columns * len(samples)),
+        tree=Tree(
+            segments=tuple(row.segments),
+            samples=sum(_first_label(sample) < len(sample["labels"]) for sample in samples),
+            tokens=tokens,
+            padded=row.columns * len(samples),
+        ),
     )
 
 
@@ -137,8 +142,7 @@ def _shared(samples: Sequence[Encoded], group: Sequence[int], media_ids: frozens
     The last shared token comes before the one that predicts the first label, so every sample has its own loss.
     """
     rows = [samples[number]["input_ids"] for number in group]
-    first = min(int((samples[number]["labels"] != IGNORE_INDEX).nonzero()[0]) for number in group)
-    shared = min(first - 1, *(len(row) - 1 for row in rows))
+    shared = min(_first_label(samples[number]) - 1 for number in group)
     if shared <= 0:
         return 0
     same = torch.stack([row[:shared] == rows[0][:shared] for row in rows]).all(dim=0)
@@ -146,6 +150,12 @@ def _shared(samples: Sequence[Encoded], group: Sequence[int], media_ids: frozens
         shared = int((~same).nonzero()[0])
     media = torch.tensor(sorted(media_ids))
     return shared if not any(torch.isin(row[shared:], media).any() for row in rows) else 0
+
+
+def _first_label(sample: Encoded) -> int:
+    """The place of the first label; behind the last token if there is none."""
+    labelled = (sample["labels"] != IGNORE_INDEX).nonzero()
+    return int(labelled[0]) if len(labelled) else len(sample["labels"])
 
 
 def pick(packing: Packing, padded: torch.Tensor) -> torch.Tensor:

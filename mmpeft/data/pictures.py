@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 
 from mmpeft.core.errors import DataError
 from mmpeft.core.types import Modality
-from mmpeft.data.audio import load_audio
+from mmpeft.data.audio import check_audio, load_audio
+from mmpeft.data.checks.prints import print_of
+from mmpeft.data.embedded import shown
 from mmpeft.data.formats import Row
-from mmpeft.data.load_media import MediaLimits, film_facts, recording_facts
+from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.media import MAX_IMAGE_PIXELS, check_image, load_image
 from mmpeft.data.types import Sample
-from mmpeft.data.video import MAX_DECODED_BYTES, load_video
+from mmpeft.data.video import MAX_DECODED_BYTES, check_video, load_video
 
 Verify = Literal["header", "decode"]
 """How far media are read up front: to their size, or to their last pixel or sound."""
@@ -53,6 +55,9 @@ Found = tuple[int, int] | Film | Recording | str
 _ROWS_AT_ONCE = 1024
 _THREADS = min(8, (os.cpu_count() or 1) + 4)
 
+_MOST_HELD = 16 << 20
+"""Characters of names of media that a window of rows holds: `data:` URLs are the media themselves."""
+
 _SMALL_FRAME = 4096
 """Pixels of frames that are decoded only to see that they can be: many films are open side by side."""
 
@@ -65,14 +70,19 @@ def media_names(sample: Sample) -> Iterator[Medium]:
 
 
 def windows_of(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of up to `size` rows; where the file breaks off, what could be read comes before the error."""
+    """Lists of up to `size` rows, fewer where rows hold their media as `data:` URLs.
+
+    Where the file breaks off, what could be read comes before the error.
+    """
     window: list[Row] = []
+    held = 0
     try:
         for row in rows:
             window.append(row)
-            if len(window) == size:
+            held += sum(len(name) for _, name in media_names(row.sample)) if row.sample else 0
+            if len(window) == size or held > _MOST_HELD:
                 yield window
-                window = []
+                window, held = [], 0
     except DataError:
         if window:
             yield window
@@ -82,14 +92,16 @@ def windows_of(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 
 def with_media(rows: Iterable[Row], read: Callable[[Medium], Found]) -> Iterator[tuple[list[Row], dict[Medium, Found]]]:
-    """Windows of rows, with what `read` said of each medium so far; every medium is read once, in threads."""
-    known: dict[Medium, Found] = {}
+    """Windows of rows, each with what `read` said of its media; every medium is read once, in threads."""
+    # By prints, for a name may be a `data:` URL of megabytes.
+    known: dict[int, Found] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for window in windows_of(rows, _ROWS_AT_ONCE):
-            media = dict.fromkeys(medium for row in window if row.sample for medium in media_names(row.sample))
-            new = [medium for medium in media if medium not in known]
-            known.update(zip(new, pool.map(read, new), strict=True))
-            yield window, known
+            names = dict.fromkeys(medium for row in window if row.sample for medium in media_names(row.sample))
+            media = {medium: print_of(*medium) for medium in names}
+            new = [medium for medium, key in media.items() if key not in known]
+            known.update(zip((media[medium] for medium in new), pool.map(read, new), strict=True))
+            yield window, {medium: known[key] for medium, key in media.items()}
 
 
 def read_medium(verify: Verify, root: Path, limits: MediaLimits, medium: Medium) -> Found:
@@ -118,7 +130,7 @@ def read_picture(verify: Verify, root: Path, name: str, *, max_image_pixels: int
 
 
 def _film(verify: Verify, root: Path, limits: MediaLimits, name: str) -> Film:
-    facts = film_facts(name, root)
+    facts = check_video(name, root=root)
     if verify == "header":
         return Film(0, facts.height, facts.width, 0.0)
     used = load_video(
@@ -136,7 +148,7 @@ def _film(verify: Verify, root: Path, limits: MediaLimits, name: str) -> Film:
     height, width = used.frames.shape[1:3] if limits.frame_pixels else (facts.height, facts.width)
     if (needed := count * height * width * 3) > MAX_DECODED_BYTES:
         raise DataError(
-            f"video {name!r}: {count} frames of {width} x {height} take {needed} bytes; the limit is "
+            f"video {shown(name)!r}: {count} frames of {width} x {height} take {needed} bytes; the limit is "
             f"{MAX_DECODED_BYTES}: set a limit for frames, or scale the film down"
         )
     seconds = used.total_frames / used.fps
@@ -144,11 +156,11 @@ def _film(verify: Verify, root: Path, limits: MediaLimits, name: str) -> Film:
 
 
 def _recording(verify: Verify, root: Path, limits: MediaLimits, name: str) -> Recording:
-    facts = recording_facts(name, root)
+    facts = check_audio(name, root=root)
     if limits.too_long == "error" and facts.duration > limits.max_seconds:
         raise DataError(
-            f"audio file {name!r} lasts {facts.duration:.0f} s; the limit is {limits.max_seconds:.0f} s: cut it, "
-            "or allow more"
+            f"audio file {shown(name)!r} lasts {facts.duration:.0f} s; the limit is {limits.max_seconds:.0f} s: "
+            "cut it, or allow more"
         )
     if verify == "header":
         return Recording(0, facts.sampling_rate)

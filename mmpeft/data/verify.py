@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft.core.errors import DataError
-from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.core.types import Modality
 from mmpeft.data.box_text import spelt_out
 from mmpeft.data.chat import check_texts, control_tokens, render_chat
 from mmpeft.data.encode import cut_before_media
-from mmpeft.data.expand import picture_length
 from mmpeft.data.formats import Row
-from mmpeft.data.labels import LabelledTokens, answers_of, conversation_of, count_media, label_conversation
+from mmpeft.data.labels import answers_of, conversation_of, count_media, label_conversation
+from mmpeft.data.lengths import media_lengths, stretched
 from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.pictures import Found, Verify, media_names, read_medium, with_media
 from mmpeft.data.problems import Problem
@@ -65,9 +65,9 @@ def verify_rows(
                 continue
             try:
                 found = [_readable(media[medium]) for medium in media_names(sample)]
-                sizes = [(medium[0], medium[1]) for medium in found[: len(sample.images)]]
+                lengths = None if max_length is None else media_lengths(processor, found)
                 written = spelt_out(processor, sample, root=media_root, limits=limits)
-                findings.truncated += texts.check(written, sizes)
+                findings.truncated += texts.check(written, lengths)
                 findings.boxes += len(sample.boxes)
             except DataError as error:
                 findings.problems.append(Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error)))
@@ -89,47 +89,35 @@ class _Texts:
         # A normaliser may lengthen a text; without one no token is shorter than a byte.
         self.bytes_bound_tokens = processor.tokenizer.backend_tokenizer.normalizer is None
 
-    def check(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> bool:
-        """Whether the sample is longer than `max_length`; a DataError if it cannot be used."""
+    def check(self, sample: Sample, lengths: Sequence[tuple[Modality, int]] | None) -> bool:
+        """Whether the sample is longer than `max_length`; a DataError if it cannot be used.
+
+        How many tokens a film or a recording takes is known once it is decoded; until then `lengths` is None, and
+        `encode_sample` cuts the sample.
+        """
         check_texts(self.processor, sample.turns)
         shape = tuple(
             (turn.role, *(turn.text.count(placeholder) for placeholder in PLACEHOLDERS.values()))
             for turn in sample.turns
         )
-        # How many tokens a film or a recording takes is known once it is decoded; `encode_sample` cuts it then.
-        measured = self.max_length is not None and not sample.videos and not sample.audios
-        lengths = [picture_length(self.processor, size) for size in sizes] if measured else []
-        if shape in self.good_shapes and (not measured or self._surely_fits(sample, lengths)):
+        if shape in self.good_shapes and (lengths is None or self._surely_fits(sample, lengths)):
             return False
         conversation = conversation_of(self.processor, sample.turns)
         count_media(self.processor, conversation, {name: len(paths) for name, paths in sample.media.items()})
         tokens = label_conversation(self.processor, conversation, answers_of(sample.turns))
         self.good_shapes.add(shape)
-        if self.max_length is None or not measured:
+        if self.max_length is None or lengths is None:
             return False
-        tokens = _stretched(tokens, lengths)
+        tokens = stretched(self.processor, tokens, lengths)
         cut_before_media(tokens, self.max_length, control_tokens(self.processor).ids)
         return len(tokens.input_ids) > self.max_length
 
-    def _surely_fits(self, sample: Sample, lengths: Sequence[int]) -> bool:
+    def _surely_fits(self, sample: Sample, lengths: Sequence[tuple[Modality, int]]) -> bool:
         if self.max_length is None:
             return True
         text = render_chat(self.processor, sample.turns, add_generation_prompt=False)
         added = 2  # a beginning and an end token that the text does not hold
-        return self.bytes_bound_tokens and len(text.encode()) + added + sum(lengths) <= self.max_length
-
-
-def _stretched(tokens: LabelledTokens, lengths: Sequence[int]) -> LabelledTokens:
-    """The tokens as they are once every medium takes as many as `lengths` says."""
-    ids: list[int] = []
-    labels: list[int] = []
-    media: list[tuple[int, int]] = []
-    position = 0
-    for (start, end), length in zip(tokens.media, lengths, strict=True):
-        ids += [*tokens.input_ids[position:start], *[tokens.input_ids[start]] * length]
-        labels += [*tokens.labels[position:start], *[IGNORE_INDEX] * length]
-        media.append((len(ids) - length, len(ids)))
-        position = end
-    return LabelledTokens(
-        input_ids=ids + tokens.input_ids[position:], labels=labels + tokens.labels[position:], media=tuple(media)
-    )
+        return (
+            self.bytes_bound_tokens
+            and len(text.encode()) + added + sum(length for _, length in lengths) <= self.max_length
+        )

@@ -17,7 +17,7 @@ from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
-from mmpeft.core.types import Part
+from mmpeft.core.types import IGNORE_INDEX, Part
 from mmpeft.data.packing import PackedCollator
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
@@ -67,7 +67,7 @@ class MultimodalTrainer(Trainer):
             # 5.24 expects that of adapters, but not of models that train in place with activation checkpointing.
             self.accelerator.ddp_handler.find_unused_parameters = True
         self._tokens: torch.Tensor | int = 0
-        self._samples = 0
+        self._samples: torch.Tensor | int = 0
         self._window_start = time.perf_counter()
         self._window_tokens = self._window_samples = 0
         self._computed = self._padded = 0
@@ -130,7 +130,7 @@ class MultimodalTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
         tree: Tree | None = inputs.get("tree")
-        self._samples += tree.samples if tree else len(inputs["input_ids"])
+        self._samples = self._samples + (tree.samples if tree else _labelled(inputs))
         self._tokens = self._tokens + (tree.tokens if tree else inputs["attention_mask"].sum())
         self._computed += inputs["input_ids"].numel()
         self._padded += tree.padded if tree else inputs["input_ids"].numel()
@@ -233,6 +233,12 @@ class MultimodalTrainer(Trainer):
         """
         own: Any = self.model
         own.load_state_dict(type(own).from_pretrained(checkpoint).state_dict())
+
+
+def _labelled(inputs: Mapping[str, Any]) -> torch.Tensor | int:
+    """Samples of a padded batch; a blank, which stands where a process has no sample, has no label."""
+    labels = inputs.get("labels")
+    return len(inputs["input_ids"]) if labels is None else (labels != IGNORE_INDEX).any(dim=1).sum()
 
 
 class _EpochOfData(TrainerCallback):

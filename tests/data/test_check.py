@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmpeft.core.errors import DataError
 from mmpeft.data.chat import control_tokens
 from mmpeft.data.check import Report, check_data, count_lines
 from mmpeft.data.checks.prints import NearTable, Place, PlaceTable, difference_hash
@@ -247,10 +248,17 @@ def test_lengths_in_tokens_are_those_of_training_whatever_the_medium(tmp_path, f
     assert rows
     for item in rows:
         path = write_lines(tmp_path / f"{item['id']}.jsonl", [item])
-        report = check_data(path, processor=reader, max_length=10)
         (encoded,) = load_dataset(path, processor=reader)
-        assert report.lengths["max"] == len(encoded["input_ids"]), item["id"]
+        length = len(encoded["input_ids"])
+        report = check_data(path, processor=reader, max_length=length - 1)
+        assert report.lengths["max"] == length, item["id"]
         assert (report.lengths["cut"], report.errors) == (1, [])
+        assert load_dataset(path, processor=reader, max_length=length - 1, verify="decode").truncated == 1
+        report = check_data(path, processor=reader, max_length=10)
+        assert report.found["cut"] == 2
+        assert f"no answer token is left of its {length} tokens after the cut to max_length 10" in report.errors[0]
+        with pytest.raises(DataError, match="no answer token is left"):
+            load_dataset(path, processor=reader, max_length=10, verify="decode")
 
 
 def test_progress_is_told_in_rows_and_lines_up_to_the_end_of_the_file(tmp_path):

@@ -227,7 +227,7 @@ def test_a_template_that_drops_pictures_is_found_before_training(path, processor
 
 
 def test_samples_too_long_by_their_pictures_alone_are_counted(path, processor, monkeypatch):
-    monkeypatch.setattr("mmpeft.data.verify.picture_length", lambda processor, size: 100)
+    monkeypatch.setattr("mmpeft.data.lengths.picture_length", lambda processor, size: 100)
     dataset = load_dataset(path, processor=processor, max_length=120, on_error="skip", max_skipped=4)
     assert len(dataset.skipped) + dataset.truncated == 4
 

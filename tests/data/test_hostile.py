@@ -1,6 +1,8 @@
 """Bad input that no small file can hold: links, pipes, devices, bombs, endless rows; what is opened, memory, time."""
 
+import base64
 import ctypes
+import io
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ import tarfile
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -389,3 +392,20 @@ def test_a_row_of_thousands_of_missing_pictures_gives_a_short_message(tmp_path):
     rows = [row(human("<image>" * len(names)), gpt("a"), images=names), {f"key{number}": 1 for number in range(5_000)}]
     for message in errors(write_lines(tmp_path / "a.jsonl", rows)):
         assert len(message) < 5000
+
+
+def test_media_inside_the_data_file_are_not_all_held_at_once(tmp_path):
+    """120 pictures of 1 MiB each, as `data:` URLs."""
+    path = tmp_path / "a.jsonl"
+    chance = np.random.default_rng(0)
+    with path.open("w") as file:
+        for number in range(120):
+            content = io.BytesIO()
+            Image.fromarray(chance.integers(0, 255, (512, 512, 3), dtype=np.uint8)).save(
+                content, "PNG", compress_level=0
+            )
+            url = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+            file.write(json.dumps(row(id=str(number), image=url)) + "\n")
+    found = child(MEASURED, str(path))
+    assert (found["samples"], found["count"]) == (120, 0)
+    assert found["mib"] < 120, found

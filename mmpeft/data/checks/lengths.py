@@ -1,40 +1,36 @@
-"""How long samples are in tokens, media included, as training would see them."""
+"""How long samples are in tokens, media included, and whether training would leave anything of their answers."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from mmpeft.data.box_text import box_convention as box_convention
 from mmpeft.data.box_text import spelt_out as spelt_out
+from mmpeft.data.chat import control_tokens
 from mmpeft.data.checks.opened import Found, Seen
-from mmpeft.data.expand import audio_length, picture_length, video_length
-from mmpeft.data.labels import label_turns
-from mmpeft.data.pictures import Film, Recording
+from mmpeft.data.encode import cut_before_media
+from mmpeft.data.labels import LabelledTokens, label_turns
+from mmpeft.data.lengths import media_lengths, stretched
 from mmpeft.data.types import Sample
 
-_RATE_DIGITS, _STEPS = 3, 100
-"""Decimals of frames a second, and steps of a second of sound, that are told apart: what is much alike is measured
-once."""
 
-
-def token_length(processor: Any, sample: Sample, media: Sequence[Found | None]) -> int:
-    """Tokens of a sample; a medium that was not opened counts as one token.
+def sample_tokens(processor: Any, sample: Sample, media: Sequence[Found | None]) -> LabelledTokens:
+    """The tokens of a sample as training has them; where a medium was not opened, each medium as one token.
 
     Raises:
-        DataError: a control token in a text, a chat template that does not fit, or a medium that the processor
-            does not take.
+        DataError: a control token in a text, a chat template that does not fit, or a medium that the processor does
+            not take.
     """
     tokens = label_turns(processor, sample.turns)
-    return len(tokens.input_ids) + sum(medium_length(processor, medium) - 1 for medium in media)
+    sizes = [(medium.width, medium.height) if isinstance(medium, Seen) else medium for medium in media]
+    readable = [medium for medium in sizes if medium is not None and not isinstance(medium, str)]
+    lengths = media_lengths(processor, readable) or []
+    return stretched(processor, tokens, lengths) if len(lengths) == len(media) else tokens
 
 
-def medium_length(processor: Any, medium: Found | None) -> int:
-    """Tokens that a medium takes, by the processor's own count; 1 if it was not opened."""
-    match medium:
-        case Seen(width=width, height=height):
-            return picture_length(processor, (width, height))
-        case Film(frames=frames, height=height, width=width, fps=fps):
-            return video_length(processor, (frames, height, width), round(fps, _RATE_DIGITS))
-        case Recording(samples=samples, sampling_rate=rate):
-            step = max(1, rate // _STEPS)
-            return audio_length(processor, -(-samples // step) * step, rate)
-    return 1
+def check_cut(processor: Any, tokens: LabelledTokens, max_length: int) -> None:
+    """See that a cut to `max_length` leaves something of an answer.
+
+    Raises:
+        DataError: it does not.
+    """
+    cut_before_media(tokens, max_length, control_tokens(processor).ids)
