@@ -63,18 +63,19 @@ def plan_packing(
     row = _Row(samples, two_way)
     for group in _groups(samples) if shares else [[number] for number in range(len(samples))]:
         row.put(group, _shared(samples, group, media_ids) if len(group) > 1 else 0)
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    tree = Tree(
+        segments=tuple(row.segments),
+        # A blank, which stands where a process has no sample, has no label.
+        samples=sum(_first_label(sample) < len(sample["labels"]) for sample in samples),
+        tokens=sum(len(sample["input_ids"]) for sample in samples),
+        padded=row.columns * len(samples),
+    )
     return Packing(
         order=tuple(row.order),
         carriers=tuple(row.carriers),
         index=torch.cat(row.index),
         positions=torch.cat(row.positions),
-        tree=Tree(
-            segments=tuple(row.segments),
-            samples=sum(_first_label(sample) < len(sample["labels"]) for sample in samples),
-            tokens=tokens,
-            padded=row.columns * len(samples),
-        ),
+        tree=tree,
     )
 
 
