@@ -62,6 +62,10 @@ class BatchConfig(Block):
     size: int = Field(default=16, ge=1)
     micro: int | None = Field(default=None, ge=1)
     """Samples of one process that go through the model at once; default: as many as `size` allows, up to 16."""
+    packing: bool | None = None
+    """Put these samples into one row without padding; default: where the model's family can be packed exactly."""
+    share_media: bool = True
+    """Bring samples on the same picture together, and run what they begin with once; needs packing."""
 
 
 class EvaluateConfig(Block):

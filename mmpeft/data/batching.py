@@ -1,6 +1,6 @@
 """Which samples share a step, the same on any number of processes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,9 @@ from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 from mmpeft.data.stream import Place, Taken
 from mmpeft.data.stream_mixture import Stream
+
+TOGETHER = 8
+"""Most samples on the same media that are brought together: more would leave too few media in a step."""
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -30,6 +33,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
     The order is accelerate's `SeedableRandomSampler`: a permutation by torch's generator seeded with
     `seed + epoch`, so that one process sees what `transformers.Trainer` shows it.
 
+    With `media`, samples on the same media come together, up to `TOGETHER` of them: the first of them in the shuffled
+    order takes the others with it, and the order is otherwise what it was. It does not depend on `micro`.
+
     Args:
         length: samples in the data set.
         micro: samples of one process that go through the model at once.
@@ -37,14 +43,24 @@ class GlobalBatchSampler(Sampler[list[int]]):
         world, rank: number of processes, and which one this is.
         seed: of the shuffle; the epoch is added to it.
         shuffle: False takes samples in the order of the data set.
+        media: for a sample a value that those on the same media have in common; a false one for none.
     """
 
     def __init__(
-        self, *, length: int, micro: int, accumulation: int, world: int, rank: int, seed: int, shuffle: bool = True
+        self,
+        *,
+        length: int,
+        micro: int,
+        accumulation: int,
+        world: int,
+        rank: int,
+        seed: int,
+        shuffle: bool = True,
+        media: Callable[[int], Hashable] | None = None,
     ) -> None:
         self.length, self.micro, self.accumulation = length, micro, accumulation
         self.world, self.rank, self.seed, self.epoch = world, rank, seed, 0
-        self.shuffle = shuffle
+        self.shuffle, self.media = shuffle, media
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as epoch `epoch` (from 0) does."""
@@ -59,6 +75,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.length, generator=generator).tolist()
+        if self.media is not None:
+            order = together(order, self.media, TOGETHER)
         width = self.micro * self.world
         for start in range(0, self.length, width):
             chunk = order[start : start + width]
@@ -146,6 +164,22 @@ def _share(chunk: Sequence[Any], world: int, rank: int) -> list[Any]:
     share, extra = divmod(len(chunk), world)
     begin = rank * share + min(rank, extra)
     return list(chunk[begin : begin + share + (rank < extra)])
+
+
+def together(order: Sequence[int], media: Callable[[int], Hashable], most: int) -> list[int]:
+    """The order with samples on the same media side by side, `most` of them at once.
+
+    order   a1 b1 c1 a2 b2 a3      most 2   ->   a1 a2 b1 b2 c1 a3
+
+    Samples whose media are empty stay where they are.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for sample in order:
+        key = media(sample)
+        places.setdefault(key or ("alone", sample), []).append(sample)
+    chunks = [samples[start : start + most] for samples in places.values() for start in range(0, len(samples), most)]
+    rank = {sample: place for place, sample in enumerate(order)}
+    return [sample for chunk in sorted(chunks, key=lambda chunk: rank[chunk[0]]) for sample in chunk]
 
 
 class BlankedDataset(Dataset[Mapping[str, Any]]):

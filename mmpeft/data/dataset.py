@@ -2,6 +2,7 @@
 
 import logging
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,6 +65,7 @@ class MultimodalDataset(Dataset[Encoded]):
     ) -> None:
         self.boxes = boxes
         self._rows = rows
+        self._media_keys: array[int] | None = None
         self._prepare = Preparation(
             processor=processor, path=path, media_root=media_root, limits=limits, max_length=max_length
         )
@@ -112,6 +114,14 @@ class MultimodalDataset(Dataset[Encoded]):
     def encoded(self, index: int, *, epoch: int) -> Encoded:
         """Sample `index` as epoch `epoch` (from 0) has it, whichever it is now; errors as `dataset[index]`."""
         return self._prepare(self.sample(index), epoch=epoch)
+
+    def media_key(self, index: int) -> int:
+        """A number that samples on the same media have in common; 0 for one without any."""
+        if self._media_keys is None:
+            columns = zip(*(self._rows[name] for name in ("images", "videos", "audios")), strict=True)
+            named = [tuple(map(tuple, row)) for row in columns]
+            self._media_keys = array("q", [hash(row) or 1 if any(row) else 0 for row in named])
+        return self._media_keys[index]
 
     def sample(self, index: int) -> Sample:
         """Sample `index` as it stands in the file; no picture is opened."""

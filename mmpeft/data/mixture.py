@@ -213,6 +213,12 @@ class MixedDataset(Dataset[Encoded]):
         with naming_source(part.name):
             return part.dataset.encoded(row, epoch=shown // len(part.dataset))
 
+    def media_key(self, index: int) -> int:
+        """A number that samples of one source on the same media have in common; 0 for one without any."""
+        number, row = self.place(index)
+        key = self.parts[number].dataset.media_key(row)
+        return (key and hash((number, key))) or 0
+
     def sample(self, index: int) -> Sample:
         """Sample `index` of this epoch as it stands in its file; no picture is opened."""
         number, row = self.place(index)

@@ -6,6 +6,7 @@ SPEC = FamilySpec(
     name="composed",
     model_types=("mmpeft_composed",),
     processors=("ComposedProcessor",),
+    packable=True,
     parts={
         "vision": ("vision_towers",),
         "projector": ("multi_modal_projector",),

@@ -10,6 +10,7 @@ SPEC = FamilySpec(
     name="gemma3",
     model_types=("gemma3",),
     processors=("Gemma3Processor",),
+    packable=True,
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

@@ -10,6 +10,7 @@ SPEC = FamilySpec(
     name="internvl",
     model_types=("internvl",),
     processors=("InternVLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

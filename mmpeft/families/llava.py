@@ -17,6 +17,7 @@ SPEC = FamilySpec(
     name="llava",
     model_types=("llava",),
     processors=("LlavaProcessor",),
+    packable=True,
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

@@ -10,6 +10,7 @@ SPEC = FamilySpec(
     name="llava_onevision",
     model_types=("llava_onevision",),
     processors=("LlavaOnevisionProcessor",),
+    packable=True,
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector", "model.image_newline"),

@@ -30,6 +30,7 @@ SPEC = FamilySpec(
     name="paligemma",
     model_types=("paligemma",),
     processors=("PaliGemmaProcessor",),
+    packable=True,
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

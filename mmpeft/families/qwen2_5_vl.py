@@ -11,11 +11,13 @@ SPEC = FamilySpec(
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
     processors=("Qwen2_5_VLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="resized_pixels",
     note="`mm_token_type_ids` have to reach the model, or pictures get the positions of plain text.",

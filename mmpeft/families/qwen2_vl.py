@@ -12,11 +12,13 @@ SPEC = FamilySpec(
     name="qwen2_vl",
     model_types=("qwen2_vl",),
     processors=("Qwen2VLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
     note="A picture thinner than a token is widened to one, and may then take more tokens than `max_pixels` allows.",

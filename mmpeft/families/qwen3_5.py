@@ -15,6 +15,7 @@ SPEC = FamilySpec(
         "projector": ("model.visual.merger",),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
     note=(

@@ -12,11 +12,13 @@ SPEC = FamilySpec(
     name="qwen3_vl",
     model_types=("qwen3_vl",),
     processors=("Qwen3VLProcessor",),
+    packable=True,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
         "language": ("model.language_model", "lm_head"),
     },
+    positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
     # What the language model takes is not the tower's last output alone.

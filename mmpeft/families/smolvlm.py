@@ -10,6 +10,7 @@ SPEC = FamilySpec(
     name="smolvlm",
     model_types=("smolvlm", "idefics3"),
     processors=("SmolVLMProcessor", "Idefics3Processor"),
+    packable=True,
     parts={
         "vision": ("model.vision_model",),
         "projector": ("model.connector",),

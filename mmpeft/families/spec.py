@@ -75,6 +75,8 @@ class FamilySpec:
         token_types: how `token_type_ids` are made, where the forward wants them.
         supervised_logits: whether the forward takes `logits_to_keep` as indices, and the loss `shift_labels`.
         mixes_media: whether one sample may hold pictures and films together.
+        positions: whether a token's position is its place in the sequence, or follows from the media before it.
+        packable: whether samples may stand in one row.
         boxes: how places in a picture are written.
         cacheable: the outermost outputs that are the same in every epoch while their parts are frozen.
         note: what a user of the family should know, in one sentence; "" if nothing.
@@ -92,6 +94,8 @@ class FamilySpec:
     token_types: TokenTypes | None = None
     supervised_logits: bool = True
     mixes_media: bool = True
+    positions: Literal["sequence", "media"] = "sequence"
+    packable: bool = False
     boxes: BoxConvention = "fraction"
     cacheable: tuple[Part, ...] = field(default=("vision",))
     note: str = ""

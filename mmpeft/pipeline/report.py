@@ -160,7 +160,7 @@ def _tiles(record: RunRecord, metric: str) -> list[Tile]:
         Tile(
             label="Samples a second",
             value=units.rate(samples / seconds if samples and seconds else None),
-            note=f"{units.rate(tokens / seconds)} tokens a second" if tokens and seconds else "",
+            note=f"{units.rate(tokens / seconds)} tokens a second{_saved(figures)}" if tokens and seconds else "",
         ),
         Tile(
             label="Peak memory",
@@ -175,6 +175,14 @@ def _tiles(record: RunRecord, metric: str) -> list[Tile]:
             else "",
         ),
     ]
+
+
+def _saved(figures: Sequence[Mapping[str, Any]]) -> str:
+    """What packed rows left out of what padded batches would have computed; "" if nothing."""
+    computed, padded = _sum(figures, "tokens_computed"), _sum(figures, "tokens_padded")
+    if not computed or not padded or computed >= padded:
+        return ""
+    return f", {computed / padded:.0%} of a padded batch's computed"
 
 
 def _sum(figures: Iterable[Mapping[str, Any]], key: str) -> float | None:

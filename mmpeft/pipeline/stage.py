@@ -22,6 +22,7 @@ from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import MultimodalDataset
+from mmpeft.data.packing import PackedCollator
 from mmpeft.methods.attach import get_peft_model, trains_tower
 from mmpeft.methods.checkpoint import (
     InitialLora,
@@ -33,7 +34,14 @@ from mmpeft.methods.checkpoint import (
 )
 from mmpeft.methods.plan import TrainingPlan, describe_training
 from mmpeft.models.load import load_model
-from mmpeft.pipeline.arguments import Batch, count_steps, learning_rates, plan_batch, training_arguments
+from mmpeft.pipeline.arguments import (
+    Batch,
+    count_steps,
+    learning_rates,
+    packs_rows,
+    plan_batch,
+    training_arguments,
+)
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
@@ -181,16 +189,18 @@ def _trainer(
     steps: int,
 ) -> MultimodalTrainer:
     args = training_arguments(recipe, stage, output=folder.checkpoints, batch=batch, steps=steps, dtype=prepared.dtype)
+    packs = packs_rows(recipe, prepared.model, args)
     trainer = MultimodalTrainer(
         model=prepared.model,
         args=args,
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
+        data_collator=PackedCollator(prepared.processor, share=recipe.batch.share_media)
+        if packs
         # Label smoothing reads the logits of every position.
-        data_collator=MultimodalCollator(
-            prepared.processor, supervised_only=False if args.label_smoothing_factor else None
-        ),
+        else MultimodalCollator(prepared.processor, supervised_only=False if args.label_smoothing_factor else None),
         learning_rates=learning_rates(stage),
+        share_media=packs and recipe.batch.share_media and args.train_sampling_strategy in ("random", "sequential"),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -202,6 +212,8 @@ def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) 
         "steps": trainer.state.global_step,
         "samples": trainer.samples_trained,
         "tokens": trainer.tokens_trained,
+        "tokens_computed": trainer.tokens_computed,
+        "tokens_padded": trainer.tokens_padded,
         "seconds": seconds,
         "samples_per_second": trainer.samples_trained / seconds,
         "tokens_per_second": trainer.tokens_trained / seconds,

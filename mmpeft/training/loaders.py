@@ -11,16 +11,21 @@ from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler, StreamBatch
 from mmpeft.data.stream_mixture import Stream
 
 
-def global_loader(dataset: Any, args: TrainingArguments, collator: Callable[..., Any]) -> DataLoader:
-    """A loader over an indexed data set, for one of several processes.
+def global_loader(
+    dataset: Any, args: TrainingArguments, collator: Callable[..., Any], *, share_media: bool = False
+) -> DataLoader:
+    """A loader over an indexed data set, for one of any number of processes.
+
+    Args:
+        share_media: bring samples on the same media together; the data set has `media_key(index)`.
 
     Raises:
         RecipeError: a `train_sampling_strategy` that is made for one process.
     """
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise RecipeError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r}: on several processes batches are cut so that "
-            "they are those of one process; use 'random' or 'sequential'"
+            f"train_sampling_strategy={args.train_sampling_strategy!r}: batches are cut so that they are the same on "
+            "any number of processes; use 'random' or 'sequential'"
         )
     sampler = GlobalBatchSampler(
         length=len(dataset),
@@ -30,6 +35,7 @@ def global_loader(dataset: Any, args: TrainingArguments, collator: Callable[...,
         rank=args.process_index,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         shuffle=args.train_sampling_strategy == "random",
+        media=dataset.media_key if share_media else None,
     )
     return _EpochLoader(BlankedDataset(dataset), batch_sampler=sampler, collate_fn=collator, **_workers(args))
 

@@ -1,5 +1,6 @@
 """`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
+from mmpeft.core.tree import Tree
 from mmpeft.core.types import IGNORE_INDEX, Part
+from mmpeft.data.packing import PackedCollator
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
+from mmpeft.models.positions import with_positions
+from mmpeft.models.tree_attention import tree_attention_on
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
@@ -33,14 +38,22 @@ class MultimodalTrainer(Trainer):
 
     Args:
         learning_rates: peak learning rate by part; default: `args.learning_rate` for all that trains.
+        share_media: bring samples on the same media together, for a `PackedCollator` to share what they begin with;
+            the data set needs `media_key(index)`, as `MultimodalDataset` has.
         *args, **kwargs: those of `transformers.Trainer`.
 
     Raises:
         RecipeError: label smoothing, with a collator that keeps the logits of supervised positions only.
     """
 
-    def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any) -> None:
-        self.learning_rates = learning_rates
+    def __init__(
+        self,
+        *args: Any,
+        learning_rates: Mapping[Part, float] | None = None,
+        share_media: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.learning_rates, self.share_media = learning_rates, share_media
         self.skips: SkipWatch | None = None
         self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
@@ -57,7 +70,8 @@ class MultimodalTrainer(Trainer):
         self._samples: torch.Tensor | int = 0
         self._window_start = time.perf_counter()
         self._window_tokens = self._window_samples = 0
-        self.tokens_trained = self.samples_trained = 0
+        self._computed = self._padded = 0
+        self.tokens_trained = self.samples_trained = self.tokens_computed = self.tokens_padded = 0
         self.add_callback(_EpochOfData(self.train_dataset))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -76,14 +90,17 @@ class MultimodalTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own on one process; on several, and of a stream, one whose global batches are those of one."""
+        """The Trainer's own on one process; elsewhere one whose global batches are those of one process.
+
+        Elsewhere is: on several processes, of a stream, and where samples on the same media come together.
+        """
         dataset: Any = self.train_dataset
         streamed = isinstance(dataset, Stream)
-        if not streamed and (self.args.world_size == 1 or not hasattr(dataset, "__len__")):
+        if not streamed and (not hasattr(dataset, "__len__") or (self.args.world_size == 1 and not self.share_media)):
             return super().get_train_dataloader()
         collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
         if not streamed:
-            return global_loader(dataset, self.args, collator)
+            return global_loader(dataset, self.args, collator, share_media=self.share_media)
         sampler = stream_sampler(dataset, self.args)
         self.skips = SkipWatch(sampler, self.accelerator)
         if isinstance(self._resumed_from, str | Path):
@@ -112,18 +129,22 @@ class MultimodalTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
-        labels = inputs.get("labels")
-        # A blank, which stands where a process has no sample, has no label.
-        count = len(inputs["input_ids"]) if labels is None else (labels != IGNORE_INDEX).any(dim=1).sum()
-        self._samples = self._samples + count
-        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        tree: Tree | None = inputs.get("tree")
+        self._samples = self._samples + (tree.samples if tree else _labelled(inputs))
+        self._tokens = self._tokens + (tree.tokens if tree else inputs["attention_mask"].sum())
+        self._computed += inputs["input_ids"].numel()
+        self._padded += tree.padded if tree else inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, on a packed row with the positions that the family gives it."""
+        return super().compute_loss(model, with_positions(self.model, inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with speed and memory since the last time and the learning rate of each part."""
         if "loss" in logs:
             now = time.perf_counter()
-            samples, tokens = self._count()
+            samples, tokens, *_ = self._count()
             seconds = max(now - self._window_start, 1e-9)
             logs["samples_per_second"] = (samples - self._window_samples) / seconds
             logs["tokens_per_second"] = (tokens - self._window_tokens) / seconds
@@ -140,18 +161,21 @@ class MultimodalTrainer(Trainer):
         model: Any = self.model
         self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
         hook = model.register_forward_hook(reach_what_trains)
+        packs = isinstance(self.data_collator, PackedCollator)
         try:
-            result = super().train(*args, **kwargs)
+            with tree_attention_on(model) if packs else contextlib.nullcontext():
+                result = super().train(*args, **kwargs)
         finally:
             hook.remove()
-        self.samples_trained, self.tokens_trained = self._count()
+        self.samples_trained, self.tokens_trained, self.tokens_computed, self.tokens_padded = self._count()
         return result
 
-    def _count(self) -> tuple[int, int]:
-        """Samples and tokens so far, of all processes."""
-        counts = torch.tensor([float(self._samples), float(self._tokens)], device=self.args.device)
-        samples, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return int(samples), int(tokens)
+    def _count(self) -> tuple[int, int, int, int]:
+        """So far and of all processes: samples, their tokens, tokens computed, and those of padded batches."""
+        counts = [float(count) for count in (self._samples, self._tokens, self._computed, self._padded)]
+        counted = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
+        samples, tokens, computed, padded = map(int, counted.tolist())
+        return samples, tokens, computed, padded
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint; where that fails, remove what there is of it and say why.
@@ -209,6 +233,12 @@ class MultimodalTrainer(Trainer):
         """
         own: Any = self.model
         own.load_state_dict(type(own).from_pretrained(checkpoint).state_dict())
+
+
+def _labelled(inputs: Mapping[str, Any]) -> torch.Tensor | int:
+    """Samples of a padded batch; a blank, which stands where a process has no sample, has no label."""
+    labels = inputs.get("labels")
+    return len(inputs["input_ids"]) if labels is None else (labels != IGNORE_INDEX).any(dim=1).sum()
 
 
 class _EpochOfData(TrainerCallback):

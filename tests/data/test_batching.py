@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpeft.core.types import IGNORE_INDEX
-from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler
+from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler, together
 
 
 def batches(length, micro, accumulation, world, seed=0, epoch=0):
@@ -58,3 +58,28 @@ def test_a_blank_has_no_label():
     data = BlankedDataset([{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}])
     assert data[-1]["labels"].tolist() == [IGNORE_INDEX, IGNORE_INDEX]
     assert data[0]["labels"].tolist() == [1, 2]
+
+
+def test_samples_on_the_same_media_come_together_up_to_a_micro_batch_of_them():
+    keys = {0: "a", 1: "b", 2: "", 3: "a", 4: "b", 5: "a", 6: ""}
+    assert together([0, 1, 2, 3, 4, 5, 6], keys.__getitem__, 2) == [0, 3, 1, 4, 2, 5, 6]
+    assert together([6, 5, 4, 3, 2, 1, 0], keys.__getitem__, 8) == [6, 5, 3, 0, 4, 1, 2]
+
+
+def test_bringing_samples_together_loses_none_and_depends_on_no_process_count():
+    def order(world):
+        samplers = [
+            GlobalBatchSampler(
+                length=29, micro=4, accumulation=1, world=world, rank=rank, seed=3, media=lambda index: index // 5 + 1
+            )
+            for rank in range(world)
+        ]
+        batches = zip(*samplers, strict=True)
+        return [index for step in batches for batch in step for index in batch if index >= 0]
+
+    assert sorted(order(1)) == list(range(29))
+    assert sorted(order(2)) == list(range(29))
+    sampler = GlobalBatchSampler(
+        length=29, micro=4, accumulation=1, world=1, rank=0, seed=3, media=lambda index: index // 5 + 1
+    )
+    assert len({index // 5 for index in next(iter(sampler))}) == 1

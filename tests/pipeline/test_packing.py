@@ -1,0 +1,70 @@
+"""Runs on packed rows: the losses of padded batches, fewer tokens, and an error where it would not be exact."""
+
+import json
+
+import pytest
+
+import mmpeft
+from mmpeft import Recipe
+from mmpeft.core.errors import RecipeError
+from mmpeft.core.files import read_json
+from mmpeft.training.callbacks import read_metrics
+from tests.families.qwen import tiny_qwen3_5
+from tests.project import TWO_STAGES, write_data, write_project
+
+
+def questions(folder, per_picture):
+    """The project's training file with several questions on each of its pictures."""
+    file = folder / "data" / "train.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))[:6]
+    many = []
+    for row in rows:
+        for number in range(per_picture):
+            question = f"<image>\nbright? {'really? ' * number}"
+            turns = [{"from": "human", "value": question}, row["conversations"][1]]
+            many.append({**row, "id": f"{row['id']}-{number}", "conversations": turns})
+    file.write_text(json.dumps(many), encoding="utf-8")
+
+
+def run(folder, **batch):
+    path = write_project(folder, batch={"size": 8, "micro": 4, **batch})
+    questions(folder, 4)
+    mmpeft.run(Recipe.from_yaml(path))
+    stages = sorted((folder / "run" / "stages").iterdir())
+    losses = [[row["loss"] for row in read_metrics(stage / "metrics.jsonl")] for stage in stages]
+    return losses, [read_json(stage / "stage.json")["figures"] for stage in stages]
+
+
+def test_packed_rows_follow_the_losses_of_padded_batches_and_compute_less(tmp_path):
+    padded, before = run(tmp_path / "padded", packing=False)
+    packed, after = run(tmp_path / "packed", share_media=False)
+    for one, other in zip(packed, padded, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert [figures["tokens_computed"] == figures["tokens_padded"] for figures in before] == [True, True]
+    for one, other in zip(before, after, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["samples"] == other["samples"]
+        assert other["tokens_computed"] < other["tokens_padded"] == one["tokens_computed"]
+
+
+def test_questions_on_one_picture_share_what_they_begin_with(tmp_path):
+    _, figures = run(tmp_path)
+    for stage in figures:
+        assert stage["tokens_computed"] < 0.8 * stage["tokens"]
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "of a padded batch&#39;s computed" in report or "of a padded batch's computed" in report
+
+
+def test_a_family_that_cannot_be_packed_is_padded_and_says_so_when_asked_to(tmp_path):
+    model, processor = tiny_qwen3_5()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    stages = [{**TWO_STAGES[1], "max_steps": 1}]
+    write_data(tmp_path / "data")
+    path = write_project(tmp_path, model=str(tmp_path / "base"), stages=stages)
+
+    mmpeft.run(Recipe.from_yaml(path))
+    figures = read_json(next((tmp_path / "run" / "stages").iterdir()) / "stage.json")["figures"]
+    assert figures["tokens_computed"] == figures["tokens_padded"]
+    with pytest.raises(RecipeError, match=r"batch.packing: samples of the family qwen3_5 cannot share a row"):
+        mmpeft.run(Recipe.from_yaml(path, ("batch.packing=true", f"output={tmp_path / 'other'}")))
