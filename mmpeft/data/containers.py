@@ -7,6 +7,7 @@ from typing import Any
 from mmpeft.core.errors import DataError
 from mmpeft.core.optional import require
 from mmpeft.data.roots import MediaFile
+from mmpeft.data.sniff import HEAD_BYTES, stranger
 
 MAX_MEDIA_BYTES = 8 * 2**30
 """Bytes of the largest film or recording that is opened."""
@@ -20,7 +21,7 @@ def _open_nothing(url: str, flags: int, options: dict[str, str]) -> None:
 
 
 def check_file(path: MediaFile, name: str, kind: str) -> None:
-    """See that a file is neither empty nor larger than `MAX_MEDIA_BYTES`.
+    """See that a file is neither empty, larger than `MAX_MEDIA_BYTES`, nor plainly something else.
 
     Raises:
         DataError: it is.
@@ -30,6 +31,13 @@ def check_file(path: MediaFile, name: str, kind: str) -> None:
         raise DataError(f"{kind} {name!r} is an empty file (0 bytes); replace it, or remove its sample")
     if size > MAX_MEDIA_BYTES:
         raise DataError(f"{kind} {name!r} has {size} bytes; the limit is {MAX_MEDIA_BYTES}: cut or compress it")
+    try:
+        with path.open("rb") as file:
+            found = stranger(file.read(HEAD_BYTES))
+    except OSError as error:
+        raise DataError(f"{kind} {name!r} cannot be read: {error.strerror or error}") from error
+    if found:
+        raise DataError(f"{kind} {name!r} is none (it looks like {found}); replace it, or remove its sample")
 
 
 def check_streams(container: Any, name: str, kind: str) -> None:

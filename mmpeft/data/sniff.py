@@ -25,6 +25,9 @@ _BEGINNINGS = (
     (b"\x1aE\xdf\xa3", "Matroska or WebM"),
     (b"SQLite format 3", "a SQLite database"),
 )
+MEDIA = frozenset(("PNG", "JPEG", "GIF", "Ogg", "FLAC", "MP3", "Matroska or WebM", "MP4 or MOV", "WebP", "WAV", "AVI"))
+"""What `looks_like` calls media."""
+
 _INSIDE = (
     (4, b"ftypheic", "HEIC: convert it to JPEG or PNG"),
     (4, b"ftypmif1", "HEIC: convert it to JPEG or PNG"),
@@ -63,3 +66,10 @@ def hint(head: bytes) -> str:
     """` (it looks like …)`, or "" if nothing is known."""
     found = looks_like(head)
     return f" (it looks like {found})" if found else ""
+
+
+def stranger(head: bytes) -> str:
+    """What a file surely is that is neither picture, film nor recording; "" if it may be one."""
+    found = looks_like(head)
+    # Films and recordings may begin with bytes that look like UTF-16, or with zeros.
+    return "" if found in MEDIA or found == UTF16 or not head.strip(b"\0") else found

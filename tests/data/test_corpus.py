@@ -68,6 +68,9 @@ def test_a_broken_file_is_not_loaded(name, reader):
     for beginning, part in wanted:
         assert beginning in str(caught.value)
         assert part in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        list(load_dataset(path, media_root=CORPUS, processor=reader, streaming=True))
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", WHOLE)

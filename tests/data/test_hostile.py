@@ -73,8 +73,11 @@ def test_data_files_that_are_no_files(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's rights away, which only root may")
 def test_a_file_without_permission_is_named(tmp_path):
     """As another user, in a child: root may read everything."""
-    path = write_lines(tmp_path / "a.jsonl", [row(image="a.png")])
-    picture(tmp_path / "a.png").chmod(0)
+    film_row = row(human("<video>q"), gpt("a"), video="a.mp4")
+    sound_row = row(human("<audio>q"), gpt("a"), audio="a.wav")
+    path = write_lines(tmp_path / "a.jsonl", [row(image="a.png"), film_row, sound_row])
+    for file in (picture(tmp_path / "a.png"), film(tmp_path / "a.mp4", frames=3), recording(tmp_path / "a.wav")):
+        file.chmod(0)
     code = (
         "import json, os, sys; from mmpeft.data.check import check_data\n"
         "os.chdir(sys.argv[1]); check_data('a.jsonl'); check_data('c.jsonl')\n"
@@ -87,7 +90,11 @@ def test_a_file_without_permission_is_named(tmp_path):
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     first, second = child(code, str(tmp_path))
-    assert first == ["a.jsonl:1: sample 0 (id '0'): picture 'a.png' cannot be read: Permission denied"]
+    assert first == [
+        "a.jsonl:1: sample 0 (id '0'): picture 'a.png' cannot be read: Permission denied",
+        "a.jsonl:2: sample 1 (id '1'): video 'a.mp4' cannot be read: Permission denied",
+        "a.jsonl:3: sample 2 (id '2'): audio file 'a.wav' cannot be read: Permission denied",
+    ]
     assert second == ["b.jsonl: cannot be read: Permission denied"]
     assert path.is_file()
 
