@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 from mmpeft.data.expand import AUDIO_IN_VIDEO
@@ -86,6 +87,11 @@ def join_media(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     names = {key for sample in samples for key in sample} - TEXT_ALIGNED - {"input_ids", "labels"}
     if AUDIO_IN_VIDEO in names:
+        if any("pixel_values_videos" in sample and AUDIO_IN_VIDEO not in sample for sample in samples):
+            raise DataError(
+                "films with sound and films without stand in one batch, which the model takes apart only; load them "
+                "with use_audio_in_video, which gives those without a silent track"
+            )
         names.remove(AUDIO_IN_VIDEO)
         joined[AUDIO_IN_VIDEO] = True
     for key in sorted(names):

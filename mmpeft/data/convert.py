@@ -12,7 +12,6 @@ folder         one question, one answer, one medium with its bytes              
 """
 
 import contextlib
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -43,6 +42,8 @@ from mmpeft.data.writers.shapes import (
 
 Target = Literal["llava", "messages", "swift", "llamafactory", "csv", "parquet", "webdataset", "folder"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+CELL = 131_072
+"""Characters of a cell that other programs read: the limit of Python's csv, unless it is told otherwise."""
 
 _ENDINGS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llava", "messages", "swift", "llamafactory"), (".json", ".jsonl")),
@@ -178,6 +179,8 @@ def _check_target(source: str, target: Path, to: str) -> None:
         _entries(target)
     if target.is_dir() and (endings or any(target.iterdir())):
         raise OutputError(f"{target} is a folder that holds files; write to another name")
+    if endings and target.is_file():
+        raise OutputError(f"{target} is there already; remove it, or write to another name")
     if not endings and target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; {to} needs the name of a new folder")
 
@@ -203,7 +206,7 @@ def _write_csv(target: Path, reader: _Reader) -> None:
 
 def _checked_triple(sample: Sample) -> dict[str, Any]:
     row = triple_row(sample)
-    limit = csv.field_size_limit()
+    limit = CELL
     for name, value in row.items():
         length = len(value) if isinstance(value, str) else sum(len(item) + 8 for item in value)
         if length > limit:

@@ -177,6 +177,12 @@ def _times(container: Any, stream: Any, name: str) -> tuple[np.ndarray, np.ndarr
         raise DataError(
             f"video {name!r} is truncated: its header says {stream.frames} frames, {len(times)} are there; replace it"
         )
+    promised = _header_seconds(container, stream)
+    there = float((max(times) - min(times) + ticks) * stream.time_base)
+    if promised and there < promised / 2 - 1 and not container.streams.audio:
+        raise DataError(
+            f"video {name!r} is truncated: its header says {promised:.1f} s, {there:.1f} s are there; replace it"
+        )
     if not ticks:
         ticks = max(1, round(1 / (stream.average_rate * stream.time_base))) if stream.average_rate else 1
     return np.unique(times), np.unique(keys or times[:1]), int(ticks)

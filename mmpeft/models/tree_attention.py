@@ -7,7 +7,7 @@ Every segment sees itself up to each token, and all of the segment that it stand
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,35 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mmpeft.core.errors import ModelError
 from mmpeft.core.tree import Segment, Tree
 
 NAME = "mmpeft_tree"
+
+EXACT = frozenset(
+    {
+        "gemma",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_5_omni_text",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+        "qwen3",
+        "qwen3_vl_text",
+        "smollm3",
+    }
+)
+"""Types of language models whose every layer mixes tokens in attention alone and hands `tree` on to it, each tested.
+
+Others carry a state along the row (Mamba, linear attention, convolutions) or call attention without it, and would let
+one sample see another.
+"""
 
 
 def tree_attention(
@@ -107,3 +133,13 @@ def tree_attention_on(model: Any) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation({key: before})
+
+
+def check_attention(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Make sure that a packed row meets an attention that keeps its samples apart.
+
+    Raises:
+        ModelError: `tree_attention_on` is not in force.
+    """
+    if "tree" in inputs and model.config.get_text_config()._attn_implementation != NAME:
+        raise ModelError("a packed row (PackedCollator) needs mmpeft.models.tree_attention.tree_attention_on(model)")

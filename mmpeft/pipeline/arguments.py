@@ -16,6 +16,7 @@ from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
 from mmpeft.families.registry import family_of
+from mmpeft.models.tree_attention import EXACT
 
 MICRO_LIMIT = 16
 """Most samples that go through the model at once unless the recipe says otherwise."""
@@ -59,10 +60,13 @@ def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
         RecipeError: the recipe asks for it where it would not be exact; says why.
     """
     spec = family_of(model)
-    attention = model.config.get_text_config()._attn_implementation
+    text = model.config.get_text_config()
+    attention = text._attn_implementation
     obstacle = None
     if not spec.packable:
         obstacle = f"samples of the family {spec.name} cannot share a row"
+    elif text.model_type not in EXACT:
+        obstacle = f"samples cannot share a row of a language model of type {text.model_type!r}"
     elif attention != "sdpa":
         obstacle = f"the model's attention is {attention!r}, and rows need 'sdpa'"
     elif args.label_smoothing_factor:

@@ -76,6 +76,7 @@ def diagnose() -> Diagnosis:
         warnings = (
             f"torchvision {versions['torchvision']} is a CUDA build, beside torch {versions['torch']}, a CPU build: "
             "its compiled operators cannot load. mmpeft works in spite of it where it is imported before transformers; "
+            "other programs do not (plain transformers, peft; `accelerate launch` beside timm: use torchrun); "
             "to mend it, install the CPU build: pip install torchvision --index-url "
             "https://download.pytorch.org/whl/cpu",
         )

@@ -22,7 +22,7 @@ from mmpeft.data.packing import PackedCollator
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.models.positions import with_positions
-from mmpeft.models.tree_attention import tree_attention_on
+from mmpeft.models.tree_attention import check_attention, tree_attention_on
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
@@ -138,7 +138,17 @@ class MultimodalTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, on a packed row with the positions that the family gives it."""
+        check_attention(self.model, inputs)
         return super().compute_loss(model, with_positions(self.model, inputs), *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; of packed rows, with the attention that they need."""
+        with self._attention():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        packs = isinstance(self.data_collator, PackedCollator)
+        return tree_attention_on(self.model) if packs else contextlib.nullcontext()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with speed and memory since the last time and the learning rate of each part."""
@@ -161,9 +171,8 @@ class MultimodalTrainer(Trainer):
         model: Any = self.model
         self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
         hook = model.register_forward_hook(reach_what_trains)
-        packs = isinstance(self.data_collator, PackedCollator)
         try:
-            with tree_attention_on(model) if packs else contextlib.nullcontext():
+            with self._attention():
                 result = super().train(*args, **kwargs)
         finally:
             hook.remove()

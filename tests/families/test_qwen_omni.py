@@ -223,3 +223,14 @@ def test_a_film_without_sound_is_silent_where_sound_is_asked_for(tmp_path):
     assert not silent.audio.samples.any()
     (plain,) = load_media(sample, root=tmp_path, limits=MediaLimits()).videos
     assert plain.audio is None
+
+
+def test_films_with_sound_and_without_do_not_share_a_batch(parts):
+    processor, _ = parts
+    sample = sample_of("<video>\nWhat?", "Hello.", videos=1)
+    rows = [
+        encode_sample(processor, sample, Media(videos=[dataclasses.replace(film(), audio=track)]))
+        for track in (sound(1), None)
+    ]
+    with pytest.raises(DataError, match="films with sound and films without stand in one batch"):
+        MultimodalCollator(processor)(rows)

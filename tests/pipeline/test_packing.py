@@ -3,14 +3,22 @@
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 import mmpeft
-from mmpeft import Recipe
-from mmpeft.core.errors import RecipeError
+from mmpeft import MultimodalCollator, MultimodalTrainer, Recipe
+from mmpeft.core.errors import ModelError, RecipeError
 from mmpeft.core.files import read_json
+from mmpeft.data.encode import encode_sample
+from mmpeft.data.packing import PackedCollator
+from mmpeft.data.types import Media
+from mmpeft.pipeline.arguments import packs_rows
 from mmpeft.training.callbacks import read_metrics
 from tests.families.qwen import tiny_qwen3_5
+from tests.families.samples import picture, sample_of
+from tests.models.test_tree_attention import llava_around
 from tests.project import TWO_STAGES, write_data, write_project
+from tests.tiny import tiny_llava, tiny_processor
 
 
 def questions(folder, per_picture):
@@ -68,3 +76,38 @@ def test_a_family_that_cannot_be_packed_is_padded_and_says_so_when_asked_to(tmp_
     assert figures["tokens_computed"] == figures["tokens_padded"]
     with pytest.raises(RecipeError, match=r"batch.packing: samples of the family qwen3_5 cannot share a row"):
         mmpeft.run(Recipe.from_yaml(path, ("batch.packing=true", f"output={tmp_path / 'other'}")))
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "qwen3_5_text"])
+def test_a_language_model_that_would_let_samples_see_each_other_is_padded(tmp_path, model_type):
+    model = llava_around(model_type, tiny_processor())
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    path = write_project(tmp_path)
+    assert packs_rows(Recipe.from_yaml(path), tiny_llava(), args)
+    assert not packs_rows(Recipe.from_yaml(path), model, args)
+    with pytest.raises(RecipeError, match=rf"batch.packing: .* a language model of type '{model_type}'"):
+        packs_rows(Recipe.from_yaml(path, ("batch.packing=true",)), model, args)
+
+
+def test_evaluating_packed_rows_outside_training_gives_the_loss_of_padded_batches(tmp_path):
+    processor = tiny_processor()
+    shown = Media(images=[picture((24, 24))])
+    rows = [encode_sample(processor, sample_of(f"<image>\n{n}?", "yes " * (n + 1), images=1), shown) for n in range(4)]
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4)
+    losses = [
+        MultimodalTrainer(
+            model=llava_around("llama", processor), args=args, eval_dataset=rows, data_collator=collator
+        ).evaluate()["eval_loss"]
+        for collator in (MultimodalCollator(processor), PackedCollator(processor))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_packed_row_under_another_attention_is_refused(tmp_path):
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    rows = [encode_sample(processor, sample_of("1 + 1?", "2"), Media())] * 2
+    trainer = MultimodalTrainer(model=model, args=args, data_collator=PackedCollator(processor))
+    with pytest.raises(ModelError, match=r"needs mmpeft\.models\.tree_attention"):
+        trainer.compute_loss(model, PackedCollator(processor)(rows))

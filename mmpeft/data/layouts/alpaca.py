@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmpeft.data.layouts.base import Layout, Options
+from mmpeft.data.layouts.objects import KEYS as BOX_KEYS
+from mmpeft.data.layouts.objects import boxes_of, with_objects
 from mmpeft.data.rows import MEDIA_ROW_KEYS, Draft, UnusableError, kind_of, media_of, said, text_of, with_system
 from mmpeft.data.types import Turn
 
-_COMMON = ("id", "history", "system", "kind", *MEDIA_ROW_KEYS)
+_COMMON = ("id", "history", "system", "kind", *MEDIA_ROW_KEYS, *BOX_KEYS, "objects")
 
 
 def instruction_draft(row: Mapping[str, Any], options: Options) -> Draft:
@@ -38,7 +40,11 @@ def query_draft(row: Mapping[str, Any], options: Options) -> Draft:
 
 def _draft(row: Mapping[str, Any], question: str, answer: str) -> Draft:
     turns = (*_history(row.get("history")), Turn(role="user", text=question), Turn(role="assistant", text=answer))
-    return Draft(id=row.get("id"), kind=row.get("kind"), turns=with_system(row, turns), media=media_of(row))
+    own = boxes_of(row)
+    told, boxes = with_objects(with_system(row, turns), row.get("objects"))
+    if own and boxes:
+        raise UnusableError("both `boxes` and `objects` are given; keep one of them")
+    return Draft(id=row.get("id"), kind=row.get("kind"), turns=told, media=media_of(row), boxes=own or boxes)
 
 
 def _history(value: Any) -> list[Turn]:

@@ -33,7 +33,7 @@ PARTS: Mapping[str, Modality] = {
     "audio": "audio",
 }
 _TEXTS = ("text", "input_text", "output_text")
-_WEIGHTS = ("loss", "loss_scale", "loss_weight")
+_WEIGHTS = ("loss", "loss_scale", "loss_weight", "weight")
 _TOOLS = ("tool", "tool_call", "tool_response", "function", "observation")
 _Found = dict[Modality, list[str]]
 
@@ -44,6 +44,11 @@ def draft(row: Mapping[str, Any], options: Options) -> Draft:
     Raises:
         UnusableError: the row is none.
     """
+    if isinstance(row.get("label", row.get("kto_tag")), bool):
+        raise UnusableError(
+            "it rates its answer (`label`, for KTO), and every answer is trained on alike: keep the good ones alone, "
+            "without the key"
+        )
     messages = row.get("messages")
     if not isinstance(messages, list):
         raise UnusableError(f"`messages` is {kind_of(messages)}; expected a list of messages")

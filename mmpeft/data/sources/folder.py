@@ -18,6 +18,8 @@ from mmpeft.data.sources.tables import table
 from mmpeft.data.suffixes import modality_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"})
+"""Names of folders that hold the splits of a data set."""
 MAX_CAPTION = 1 << 20
 """Bytes of the longest caption file that is read."""
 
@@ -75,7 +77,20 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
             metadata.append(path)
         elif modality_of(path.name):
             media.append(path)
+    _refuse_splits(folder, media)
     return media, metadata
+
+
+def _refuse_splits(folder: Path, media: Sequence[Path]) -> None:
+    """One source is one split: a folder of several must not be trained on as a whole.
+
+    Raises:
+        DataError: it holds folders named after splits.
+    """
+    first = {path.relative_to(folder).parts[0] for path in media if len(path.relative_to(folder).parts) > 1}
+    found = sorted(name for name in first if name.lower() in SPLITS)
+    if len(found) > 1:
+        raise DataError(f"{folder}: holds the splits {some(found)}; give one of them, as in {folder / found[0]}")
 
 
 def _inside(path: Path, folder: Path) -> bool:

@@ -90,7 +90,7 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, _Members]]:
             continue
         folder, _, file = member.name.rpartition("/")
         base, _, ending = file.partition(".")
-        own = f"{folder}/{base}" if folder else base
+        own, ending = f"{folder}/{base}" if folder else base, ending.lower()
         if own != stem or ending in members:
             if members:
                 yield stem, members
@@ -98,6 +98,22 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, _Members]]:
         members[ending] = member
     if members:
         yield stem, members
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """A whole archive ends in blocks of zeros; without them it was cut, be it between two samples.
+
+    Raises:
+        EOFError: they are not there.
+    """
+    file: Any = tar.fileobj
+    file.seek(tar.offset)  # behind the last header that was read
+    rest = file.read(tarfile.BLOCKSIZE)
+    file.seek(max(0, tar.offset - tarfile.BLOCKSIZE))
+    before = file.read(tarfile.BLOCKSIZE)
+    if tarfile.NUL * tarfile.BLOCKSIZE not in (rest, before):
+        raise EOFError("the blocks that end it are missing, so it was cut off")
 
 
 def _located(tar: tarfile.TarFile, shard: str, stem: str, members: _Members, line: int) -> Located:

@@ -56,6 +56,7 @@ def _delimiter(path: Path) -> str:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[Located]:
+    _long_cells()
     try:
         with _open(path) as file:
             yield from _records(path, csv.reader(_lines(file, path), delimiter=delimiter, strict=True))
@@ -63,6 +64,12 @@ def _rows(path: Path, delimiter: str) -> Iterator[Located]:
         raise encoding_error(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _long_cells() -> None:
+    """Let cells be as long as a row may be (a picture as a `data:` URL); Python's limit is one for the process."""
+    if csv.field_size_limit() < MAX_LINE:
+        csv.field_size_limit(MAX_LINE)
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
