@@ -5,6 +5,11 @@ fraction           [0.0, 0.0, 0.5, 1.0]
 thousandths        [0, 0, 500, 1000]
 resized_pixels     [0, 0, 322, 476]                        where the processor resizes to 644 x 476
 location_tokens    <loc0000><loc0000><loc1023><loc0512>    y before x
+
+Two families put marks around the numbers (`BoxNotation`):
+
+Qwen2-VL           <|box_start|>(0,0),(500,1000)<|box_end|>
+InternVL           <box>[[0, 0, 500, 1000]]</box>
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +20,12 @@ from typing import Any
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.boxes import BRACKETS, LOCATIONS, relative_values
+from mmpeft.data.boxes import BRACKETS, LOCATIONS, PAIRS, relative_values
 from mmpeft.data.load_media import MediaLimits, placed
 from mmpeft.data.media import upright_sizes
 from mmpeft.data.types import BOX_PLACEHOLDER, Box, Sample, Turn
 from mmpeft.families.registry import family_of_processor
-from mmpeft.families.spec import BoxConvention
+from mmpeft.families.spec import BoxConvention, BoxNotation
 
 LOCATION_COUNT = 1024
 """Location tokens of PaliGemma's tokenizer a side, `<loc0000>` to `<loc1023>`; a token stands for its number / 1024."""
@@ -30,6 +35,19 @@ def box_convention(processor: Any) -> BoxConvention:
     """How the family of a processor writes places; where no family names it, as LLaVA does."""
     spec = family_of_processor(processor)
     return "fraction" if spec is None else spec.boxes
+
+
+def box_notation(processor: Any) -> BoxNotation:
+    """How the family of a processor writes the numbers of a place."""
+    spec = family_of_processor(processor)
+    return BoxNotation() if spec is None else spec.box_notation
+
+
+def without_marks(processor: Any, text: str) -> str:
+    """A text without the control tokens around its places, as it comes back from a model's answer."""
+    for mark in box_notation(processor).marks:
+        text = text.replace(mark, "")
+    return text
 
 
 def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -90,7 +108,7 @@ def spelt_out(processor: Any, sample: Sample, *, root: Path, limits: MediaLimits
 def _written(processor: Any, box: Box, sizes: Sequence[tuple[int, int]], convention: BoxConvention) -> str:
     size = sizes[box.picture]
     resized = resized_size(processor, size) if convention == "resized_pixels" else None
-    return write_box(box, size=size, resized=resized, convention=convention)
+    return write_box(box, size=size, resized=resized, convention=convention, notation=box_notation(processor))
 
 
 def _filled(text: str, written: Iterator[str]) -> str:
@@ -99,7 +117,12 @@ def _filled(text: str, written: Iterator[str]) -> str:
 
 
 def write_box(
-    box: Box, *, size: tuple[int, int], resized: tuple[int, int] | None = None, convention: BoxConvention
+    box: Box,
+    *,
+    size: tuple[int, int],
+    resized: tuple[int, int] | None = None,
+    convention: BoxConvention,
+    notation: BoxNotation | None = None,
 ) -> str:
     """A box as text.
 
@@ -107,23 +130,31 @@ def write_box(
         box: the box.
         size: (width, height) of the picture, upright, before the processor.
         resized: (width, height) after the processor; needed by "resized_pixels" alone.
-        convention: the family's.
+        convention: what the numbers count, by the family.
+        notation: how they are written, by the family; location tokens have their own.
 
     Raises:
         DataError: as `relative_values`; or `resized` is missing.
     """
+    notation = notation or BoxNotation()
     values = relative_values(box, size=size)
     if convention == "fraction":
-        return f"[{', '.join(str(round(value, 3)) for value in values)}]"
+        return _noted([round(value, 3) for value in values], notation)
     if convention == "location_tokens":
         swapped = [values[place ^ 1] for place in range(len(values))]
         return "".join(f"<loc{min(LOCATION_COUNT - 1, round(value * LOCATION_COUNT)):04d}>" for value in swapped)
     whole = _whole(convention, resized)
-    return f"[{', '.join(str(round(value * whole[place % 2])) for place, value in enumerate(values))}]"
+    return _noted([round(value * whole[place % 2]) for place, value in enumerate(values)], notation)
+
+
+def _noted(numbers: Sequence[float], notation: BoxNotation) -> str:
+    if len(numbers) == 2:
+        return notation.point.format(x=numbers[0], y=numbers[1])
+    return notation.box.format(x1=numbers[0], y1=numbers[1], x2=numbers[2], y2=numbers[3])
 
 
 def read_boxes(text: str, *, convention: BoxConvention, resized: tuple[int, int] | None = None) -> tuple[Box, ...]:
-    """The boxes and points in a text, in order, unit "fraction"; what is outside the picture or reversed is left out.
+    """The boxes and points in a text, in order, unit "fraction", in any notation; what is outside the picture or reversed is left out.
 
     Raises:
         DataError: the convention is "resized_pixels" and `resized` is missing.
@@ -138,7 +169,7 @@ def read_boxes(text: str, *, convention: BoxConvention, resized: tuple[int, int]
         whole = _whole(convention, resized)
         values = [
             tuple(float(one) / whole[place % 2] for place, one in enumerate(match.groups()) if one is not None)
-            for match in BRACKETS.finditer(text)
+            for match in BRACKETS.finditer(PAIRS.sub(r"[\1, \4]", text))
         ]
     boxes = (Box(values=numbers, unit="fraction") for numbers in values)
     return tuple(box for box in boxes if _usable(box))

@@ -15,6 +15,9 @@ NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 BRACKETS = re.compile(rf"[\[(]{NUMBER},{NUMBER}(?:,{NUMBER},{NUMBER})?[\])]")
 """A box or a point that stands in a text as numbers."""
 
+PAIRS = re.compile(rf"\(({NUMBER},{NUMBER})\),\(({NUMBER},{NUMBER})\)")
+"""A box as two corners, which Qwen2-VL writes."""
+
 LOCATIONS = re.compile(r"<loc(\d{4})><loc(\d{4})>(?:<loc(\d{4})><loc(\d{4})>)?")
 """The same as PaliGemma's location tokens."""
 

@@ -33,7 +33,7 @@ class ControlTokens:
 
     Attributes:
         ids: of all special tokens.
-        pattern: matches any of them in a text.
+        pattern: matches any of them in a text but the family's marks of places, which forge nothing.
         media: the text by which a chat template marks a medium, by modality; those that the processor takes.
         media_ids: the id of each of these texts.
         media_pattern: matches any of them; the group that matched is the modality.
@@ -68,6 +68,8 @@ def _control_tokens(processor: Any, vocabulary: int) -> ControlTokens:
     texts.update(processor.tokenizer.all_special_tokens, media.values())
     ids = {identifier for identifier, token in added.items() if token.special}
     ids.update(processor.tokenizer.all_special_ids)
+    spec = family_of_processor(processor)
+    texts -= set(spec.box_notation.marks) if spec is not None else set()
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return ControlTokens(
         ids=frozenset(ids),

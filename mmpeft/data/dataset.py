@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.augment import Augmentation, AugmentSettings
-from mmpeft.data.box_text import box_convention, spelt_out
+from mmpeft.data.box_text import box_convention, spelt_out, without_marks
 from mmpeft.data.encode import Encoded
 from mmpeft.data.formats import source_root
 from mmpeft.data.load_media import MediaLimits
@@ -138,7 +138,12 @@ class MultimodalDataset(Dataset[Encoded]):
             spelt_out(self._prepare.processor, _sample_of(record), root=self.media_root, limits=self.limits)
             for record in self._rows
         )
-        return [question for sample in samples for question in questions_of(sample)]
+        # References lose the marks around places, as answers do when they are decoded.
+        return [
+            replace(question, reference=without_marks(self._prepare.processor, question.reference))
+            for sample in samples
+            for question in questions_of(sample)
+        ]
 
 
 def _sample_of(record: Mapping[str, Any]) -> Sample:

@@ -4,7 +4,7 @@ A picture is cut into tiles of the tower's size, up to the processor's `max_patc
 film is one tile a frame, each behind `Frame1: `. The processor puts the frames into `pixel_values`, too.
 """
 
-from mmpeft.families.spec import FamilySpec
+from mmpeft.families.spec import BoxNotation, FamilySpec
 
 SPEC = FamilySpec(
     name="internvl",
@@ -18,4 +18,7 @@ SPEC = FamilySpec(
     },
     modalities=("image", "video"),
     boxes="thousandths",
+    box_notation=BoxNotation(
+        box="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>", marks=("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+    ),
 )

@@ -6,7 +6,7 @@ rows (time, height, width): the forward computes them from the grids and the pro
 (0 text, 1 picture, 2 video), and refuses pictures without these.
 """
 
-from mmpeft.families.spec import FamilySpec
+from mmpeft.families.spec import BoxNotation, FamilySpec
 
 SPEC = FamilySpec(
     name="qwen2_vl",
@@ -21,5 +21,10 @@ SPEC = FamilySpec(
     positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
+    box_notation=BoxNotation(
+        box="<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
+        point="<|box_start|>({x},{y})<|box_end|>",
+        marks=("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    ),
     note="A picture thinner than a token is widened to one, and may then take more tokens than `max_pixels` allows.",
 )

@@ -17,6 +17,22 @@ BoxConvention = Literal["fraction", "thousandths", "resized_pixels", "location_t
     location_tokens   <locYYYY><locXXXX><locYYYY><locXXXX>, 0000 to 1023, of the picture (PaliGemma)
 """
 
+
+@dataclass(frozen=True, kw_only=True)
+class BoxNotation:
+    """How a family writes the numbers of a place, as `str.format` takes it.
+
+    Attributes:
+        box: of x1, y1, x2, y2.
+        point: of x, y.
+        marks: control tokens of the family that a text may hold, for they stand around places or what is there.
+    """
+
+    box: str = "[{x1}, {y1}, {x2}, {y2}]"
+    point: str = "[{x}, {y}]"
+    marks: tuple[str, ...] = ()
+
+
 TokenTypes = Literal["media", "suffix"]
 """What the family's `token_type_ids` say: 1 where a picture's tokens stand, or 1 where the answer stands."""
 
@@ -77,7 +93,8 @@ class FamilySpec:
         mixes_media: whether one sample may hold pictures and films together.
         positions: whether a token's position is its place in the sequence, or follows from the media before it.
         packable: whether samples may stand in one row.
-        boxes: how places in a picture are written.
+        boxes: what the numbers of a place in a picture count.
+        box_notation: how they are written.
         cacheable: the outermost outputs that are the same in every epoch while their parts are frozen.
         note: what a user of the family should know, in one sentence; "" if nothing.
     """
@@ -97,6 +114,7 @@ class FamilySpec:
     positions: Literal["sequence", "media"] = "sequence"
     packable: bool = False
     boxes: BoxConvention = "fraction"
+    box_notation: BoxNotation = BoxNotation()
     cacheable: tuple[Part, ...] = field(default=("vision",))
     note: str = ""
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mmpeft.core.errors import DataError
 from mmpeft.data.box_text import read_boxes, write_box
 from mmpeft.data.types import Box
+from mmpeft.families import internvl, qwen2_vl, qwen3_vl
 
 SIZE, RESIZED = (640, 480), (644, 476)
 STEP = {"fraction": 0.001, "thousandths": 0.001, "resized_pixels": 1 / 476, "location_tokens": 1 / 512}
@@ -47,6 +48,21 @@ def test_reading_gives_back_what_was_written_within_rounding(convention, data):
     text = write_box(Box(values=values, unit="fraction"), size=SIZE, resized=RESIZED, convention=convention)
     (box,) = read_boxes(f"The cat is at {text}.", convention=convention, resized=RESIZED)
     assert box.values == pytest.approx(values, abs=STEP[convention])
+
+
+@pytest.mark.parametrize(
+    ("spec", "box", "point"),
+    [
+        (qwen2_vl.SPEC, "<|box_start|>(0,0),(500,1000)<|box_end|>", "<|box_start|>(500,1000)<|box_end|>"),
+        (internvl.SPEC, "<box>[[0, 0, 500, 1000]]</box>", "[500, 1000]"),
+        (qwen3_vl.SPEC, "[0, 0, 500, 1000]", "[500, 1000]"),
+    ],
+)
+def test_each_notation_is_written_and_read(spec, box, point):
+    for values, text in (((0, 0, 0.5, 1), box), ((0.5, 1), point)):
+        notation, given = spec.box_notation, Box(values=values, unit="fraction")
+        assert write_box(given, size=SIZE, convention="thousandths", notation=notation) == text
+        assert read_boxes(f"There: {text}, (see below)", convention="thousandths") == (given,)
 
 
 def test_bad_boxes_say_what_is_wrong():
