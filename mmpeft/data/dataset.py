@@ -24,6 +24,7 @@ from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
 from mmpeft.data.pictures import Verify
 from mmpeft.data.prepare import Preparation
 from mmpeft.data.problems import LISTED, Problem, problems_error
+from mmpeft.data.sample_lengths import Lengths, cached_lengths
 from mmpeft.data.stream import SHUFFLE_BUFFER, StreamingDataset
 from mmpeft.data.stream_mixture import Stream, StreamedMixture
 from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
@@ -66,6 +67,7 @@ class MultimodalDataset(Dataset[Encoded]):
         self.boxes = boxes
         self._rows = rows
         self._media_keys: array[int] | None = None
+        self._lengths: Lengths | None = None
         self._prepare = Preparation(
             processor=processor, path=path, media_root=media_root, limits=limits, max_length=max_length
         )
@@ -102,6 +104,7 @@ class MultimodalDataset(Dataset[Encoded]):
             RecipeError, DataError: as `augmentation_of`; or an alternative text holds a control token of the model.
         """
         self._prepare.augment_with(settings, seed=seed)
+        self._lengths = None
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.
@@ -122,6 +125,29 @@ class MultimodalDataset(Dataset[Encoded]):
             named = [tuple(map(tuple, row)) for row in columns]
             self._media_keys = array("q", [hash(row) or 1 if any(row) else 0 for row in named])
         return self._media_keys[index]
+
+    def lengths(self, epoch: int = 0) -> Lengths:
+        """How long its samples are in tokens (see `sample_lengths`), in every epoch; measured once a file.
+
+        Raises:
+            DataError: a sample that cannot be measured: names file, line, sample and reason.
+        """
+        if self._lengths is None:
+            prepare = self._prepare
+            self._lengths = cached_lengths(
+                self._rows,
+                fingerprint=self.fingerprint,
+                processor=prepare.processor,
+                root=self.media_root,
+                path=self.path,
+                limits=self.limits,
+                max_length=prepare.max_length,
+            )
+            if self.augmentation is not None:
+                # Each sample has a picture of its own then.
+                self._lengths = self._lengths.copy()
+                self._lengths["shared"] = 0
+        return self._lengths
 
     def sample(self, index: int) -> Sample:
         """Sample `index` as it stands in the file; no picture is opened."""

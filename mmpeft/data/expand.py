@@ -146,12 +146,12 @@ def _tensor(value: Any) -> torch.Tensor:
 
 def picture_length(processor: Any, size: tuple[int, int]) -> int:
     """Tokens that a picture of (width, height) pixels takes, without its pixels."""
-    fixed = _fixed_picture_length(processor)
+    fixed = fixed_picture_length(processor)
     return _picture_length(processor, size) if fixed is None else fixed
 
 
 @functools.lru_cache(maxsize=16)
-def _fixed_picture_length(processor: Any) -> int | None:
+def fixed_picture_length(processor: Any) -> int | None:
     """Tokens of any picture, where pictures of very unlike shapes all take the same number; else None."""
     lengths = {_picture_length(processor, size) for size in _PROBES}
     return lengths.pop() if len(lengths) == 1 else None
@@ -160,6 +160,28 @@ def _fixed_picture_length(processor: Any) -> int | None:
 @functools.lru_cache(maxsize=_CACHED_SIZES)
 def _picture_length(processor: Any, size: tuple[int, int]) -> int:
     return _length(processor, "image", Media(images=[Image.new("RGB", size)]))
+
+
+def picture_lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens that each of the pictures of one sample takes; in some families another number than it takes alone."""
+    alone = [picture_length(processor, size) for size in sizes]
+    if len(sizes) < 2 or not _encoded_together(processor):
+        return alone
+    return list(_lengths_together(processor, tuple(sizes)))
+
+
+@functools.lru_cache(maxsize=16)
+def _encoded_together(processor: Any) -> bool:
+    pair = _PROBES[-3:-1]
+    return _lengths_together(processor, pair) != tuple(picture_length(processor, size) for size in pair)
+
+
+@functools.lru_cache(maxsize=_CACHED_SIZES)
+def _lengths_together(processor: Any, sizes: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    media = Media(images=[Image.new("RGB", size) for size in sizes])
+    expansion = expand(processor, control_tokens(processor).media["image"] * len(sizes), media)
+    texts = expansion.replacements
+    return tuple(len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
 @functools.lru_cache(maxsize=_CACHED_SIZES)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmpeft.core.types import IGNORE_INDEX, Modality
 from mmpeft.data.chat import control_tokens
-from mmpeft.data.expand import audio_length, picture_length, video_length
+from mmpeft.data.expand import audio_length, picture_length, picture_lengths, video_length
 from mmpeft.data.labels import LabelledTokens
 from mmpeft.data.pictures import Film, Recording
 
@@ -38,8 +38,13 @@ def medium_length(processor: Any, medium: Measured) -> tuple[Modality, int] | No
 
 
 def media_lengths(processor: Any, media: Sequence[Measured]) -> list[tuple[Modality, int]] | None:
-    """`medium_length` of each; None if that of one is not known."""
+    """`medium_length` of each, as they are in one sample; None if that of one is not known."""
     found = [medium_length(processor, medium) for medium in media]
+    pictures = [place for place, medium in enumerate(media) if not isinstance(medium, Film | Recording)]
+    if len(pictures) > 1:
+        sizes = [(media[place][0], media[place][1]) for place in pictures]
+        for place, length in zip(pictures, picture_lengths(processor, sizes), strict=True):
+            found[place] = "image", length
     known = [length for length in found if length is not None]
     return known if len(known) == len(found) else None
 

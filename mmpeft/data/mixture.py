@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -18,6 +19,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.augment import AugmentSettings
 from mmpeft.data.encode import Encoded
+from mmpeft.data.sample_lengths import Lengths
 from mmpeft.data.types import Sample, SkippedSample
 
 
@@ -92,6 +94,9 @@ class Samples(Protocol):
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, not encoded."""
+
+    def lengths(self, epoch: int = 0) -> Lengths:
+        """How long its samples are in tokens."""
 
     def set_epoch(self, epoch: int) -> None:
         """Take samples as epoch `epoch` has them."""
@@ -219,6 +224,18 @@ class MixedDataset(Dataset[Encoded]):
         key = self.parts[number].dataset.media_key(row)
         return (key and hash((number, key))) or 0
 
+    def lengths(self, epoch: int = 0) -> Lengths:
+        """How long the samples of an epoch (from 0) are in tokens, see `sample_lengths`; whichever epoch it is now.
+
+        Raises:
+            DataError: a sample that cannot be measured: names source, file, line, sample and reason.
+        """
+        found = []
+        for part, rows in zip(self.parts, self._rows_of(epoch), strict=True):
+            with naming_source(part.name):
+                found.append(part.dataset.lengths()[rows.numpy()])
+        return np.concatenate(found)
+
     def sample(self, index: int) -> Sample:
         """Sample `index` of this epoch as it stands in its file; no picture is opened."""
         number, row = self.place(index)
@@ -228,12 +245,14 @@ class MixedDataset(Dataset[Encoded]):
         """For each part the samples of this epoch."""
         epoch = self.epoch
         if self._drawn is None or self._drawn[0] != epoch:
-            rows = [
-                rows_of_epoch(len(part.dataset), part.count, epoch=epoch, seed=self.seed, source=number)
-                for number, part in enumerate(self.parts)
-            ]
-            self._drawn = epoch, rows
+            self._drawn = epoch, self._rows_of(epoch)
         return self._drawn[1]
+
+    def _rows_of(self, epoch: int) -> list[torch.Tensor]:
+        return [
+            rows_of_epoch(len(part.dataset), part.count, epoch=epoch, seed=self.seed, source=number)
+            for number, part in enumerate(self.parts)
+        ]
 
 
 @contextlib.contextmanager
