@@ -94,6 +94,7 @@ class CutFigures:
         dearest, mean: cost of the process that has most to do, and of one on average; on one process, of its
             micro-batches. Their quotient is how uneven the steps are.
         plain_dearest, plain_mean: the same in the order of the step.
+        largest, plain_largest: tokens of the largest micro-batch, cut by cost and in the order of the step.
     """
 
     steps: int = 0
@@ -104,6 +105,8 @@ class CutFigures:
     mean: float = 0.0
     plain_dearest: float = 0.0
     plain_mean: float = 0.0
+    largest: int = 0
+    plain_largest: int = 0
 
     def add(self, items: Sequence[Item], shares: Sequence[Sequence[MicroBatch]], *, plain: bool) -> None:
         """Count a step: for each process its micro-batches, as they were cut, or in the order of the step."""
@@ -114,23 +117,44 @@ class CutFigures:
             costs = [batch.cost for batch in batches]
         computed = sum(batch.tokens for batch in batches)
         padding = 0 if batches[0].bounds.packed else computed - tokens
+        largest = max(batch.tokens for batch in batches)
         if plain:
             self.plain_padding += padding
+            self.plain_largest = max(self.plain_largest, largest)
             self.plain_dearest, self.plain_mean = (
                 self.plain_dearest + max(costs),
                 self.plain_mean + sum(costs) / len(costs),
             )
             return
+        self.largest = max(self.largest, largest)
         self.steps, self.tokens, self.padding = self.steps + 1, self.tokens + tokens, self.padding + padding
         self.dearest, self.mean = self.dearest + max(costs), self.mean + sum(costs) / len(costs)
 
     def to_dict(self) -> dict[str, float]:
-        """`padding_tokens` spared; `imbalance` and `imbalance_before`, the dearest by the mean."""
+        """`padding_tokens` spared; `imbalance`, the dearest by the mean, and `largest_tokens`, with what they were."""
         return {
             "padding_tokens": float(self.plain_padding - self.padding),
-            "imbalance": round(float(self.dearest / (self.mean or 1)), 4),
-            "imbalance_before": round(float(self.plain_dearest / (self.plain_mean or 1)), 4),
+            "imbalance": round(self.dearest / (self.mean or 1), 4),
+            "imbalance_before": round(self.plain_dearest / (self.plain_mean or 1), 4),
+            "largest_tokens": float(self.largest),
+            "largest_tokens_before": float(self.plain_largest),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the steps of a stage are cut by cost: what `CostBatchSampler` takes.
+
+    Attributes:
+        steps: which samples each step has.
+        bounds, costs: what a micro-batch may hold, and what it costs.
+        accumulation: micro-batches of one process in a step.
+    """
+
+    steps: Steps
+    bounds: Bounds
+    costs: CostModel
+    accumulation: int
 
 
 class CostBatchSampler(Sampler[list[int]]):
@@ -145,20 +169,16 @@ class CostBatchSampler(Sampler[list[int]]):
     index `-1 - i`, which `BlankedDataset` returns with no label.
 
     Args:
-        steps: which samples each step has.
-        bounds, costs: what a micro-batch may hold, and what it costs.
-        accumulation: micro-batches of one process in a step, `fullest_step` by processes at least.
+        plan: what is cut, and how; its `accumulation` is `fullest_step` by processes at least.
         world, rank: number of processes, and which one this is.
 
     Attributes:
         figures: of the epochs that were cut.
     """
 
-    def __init__(
-        self, steps: Steps, *, bounds: Bounds, costs: CostModel, accumulation: int, world: int, rank: int
-    ) -> None:
-        self.steps, self.bounds, self.costs = steps, bounds, costs
-        self.accumulation, self.world, self.rank, self.epoch = accumulation, world, rank, 0
+    def __init__(self, plan: Cut, *, world: int, rank: int) -> None:
+        self.steps, self.bounds, self.costs, self.accumulation = plan.steps, plan.bounds, plan.costs, plan.accumulation
+        self.world, self.rank, self.epoch = world, rank, 0
         self.figures = CutFigures()
 
     def set_epoch(self, epoch: int) -> None:

@@ -2,7 +2,7 @@
 
 Measured once a file and processor, and kept beside the file's rows (see `arrow`) as one memory-mapped array:
 
-    $HF_DATASETS_CACHE/mmpeft/lengths-<32 digits>-v1.npy        24 bytes a sample
+    $HF_DATASETS_CACHE/mmpeft/lengths-<32 digits>-v1.npy        28 bytes a sample
     tokens  media  shared  picture  beginning
     612     576    583     0x3f…    0x91…
     618     576    583     0x3f…    0x91…       the same picture, and the same 583 tokens to begin with

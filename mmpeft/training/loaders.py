@@ -7,17 +7,24 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mmpeft.core.errors import DataError, RecipeError
+from mmpeft.data.balancing import CostBatchSampler, Cut
 from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler, StreamBatchSampler, StreamCollator, StreamedRows
 from mmpeft.data.stream_mixture import Stream
 
 
 def global_loader(
-    dataset: Any, args: TrainingArguments, collator: Callable[..., Any], *, share_media: bool = False
+    dataset: Any,
+    args: TrainingArguments,
+    collator: Callable[..., Any],
+    *,
+    share_media: bool = False,
+    cut: Cut | None = None,
 ) -> DataLoader:
     """A loader over an indexed data set, for one of any number of processes.
 
     Args:
         share_media: bring samples on the same media together; the data set has `media_key(index)`.
+        cut: how steps are cut by cost; default: in their order.
 
     Raises:
         RecipeError: a `train_sampling_strategy` that is made for one process.
@@ -27,6 +34,9 @@ def global_loader(
             f"train_sampling_strategy={args.train_sampling_strategy!r}: batches are cut so that they are the same on "
             "any number of processes; use 'random' or 'sequential'"
         )
+    if cut is not None:
+        by_cost = CostBatchSampler(cut, world=args.world_size, rank=args.process_index)
+        return _EpochLoader(BlankedDataset(dataset), batch_sampler=by_cost, collate_fn=collator, **_workers(args))
     sampler = GlobalBatchSampler(
         length=len(dataset),
         micro=args.per_device_train_batch_size,

@@ -18,6 +18,7 @@ from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
 from mmpeft.core.types import IGNORE_INDEX, Part
+from mmpeft.data.balancing import Cut, CutFigures
 from mmpeft.data.packing import PackedCollator
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
@@ -27,23 +28,27 @@ from mmpeft.training.loaders import from_worker, global_loader, stream_loader, s
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
 from mmpeft.training.skips import SkipWatch
+from mmpeft.training.weighing import weigh_tokens
 
 
 class MultimodalTrainer(Trainer):
     """An HF Trainer for multimodal models.
 
-    On one process its losses are those of `transformers.Trainer` with the same collator. Beyond it:
-    a learning rate by part, global batches that stay the same on any number of processes, checkpoints that
+    On one process its losses are those of `transformers.Trainer` with the same collator (where those of a step depend
+    on how it is cut, see `weighing`, they are means over its labelled tokens instead). Beyond it: a learning rate by
+    part, global batches that stay the same on any number of processes, checkpoints that
     are whole or absent, and logs with samples/s, tokens/s, memory and the rate of each part.
 
     Args:
         learning_rates: peak learning rate by part; default: `args.learning_rate` for all that trains.
         share_media: bring samples on the same media together, for a `PackedCollator` to share what they begin with;
             the data set needs `media_key(index)`, as `MultimodalDataset` has.
+        cut: how steps are cut into micro-batches by cost; default: in their order. `args` accumulate as many.
         *args, **kwargs: those of `transformers.Trainer`.
 
     Raises:
-        RecipeError: label smoothing, with a collator that keeps the logits of supervised positions only.
+        RecipeError: label smoothing, with a collator that keeps the logits of supervised positions only; a budget of
+            tokens, with a model whose loss depends on how a step is cut.
     """
 
     def __init__(
@@ -51,9 +56,11 @@ class MultimodalTrainer(Trainer):
         *args: Any,
         learning_rates: Mapping[Part, float] | None = None,
         share_media: bool = False,
+        cut: Cut | None = None,
         **kwargs: Any,
     ) -> None:
-        self.learning_rates, self.share_media = learning_rates, share_media
+        self.learning_rates, self.share_media, self.cut = learning_rates, share_media, cut
+        self.cut_figures: CutFigures | None = None
         self.skips: SkipWatch | None = None
         self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
@@ -62,6 +69,13 @@ class MultimodalTrainer(Trainer):
                 f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
                 "data_collator=MultimodalCollator(processor, supervised_only=False)"
             )
+        if not weigh_tokens(self) and cut is not None:
+            if cut.bounds.tokens is not None:
+                raise RecipeError(
+                    "batch.tokens: this model's loss is a mean of each micro-batch and would depend on how a step is "
+                    "cut; use batch.micro"
+                )
+            self.cut = None
         if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
             # A batch without a picture leaves the vision tower and the projector out. The Trainer of transformers
             # 5.24 expects that of adapters, but not of models that train in place with activation checkpointing.
@@ -92,15 +106,19 @@ class MultimodalTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own on one process; elsewhere one whose global batches are those of one process.
 
-        Elsewhere is: on several processes, of a stream, and where samples on the same media come together.
+        Elsewhere is: on several processes, of a stream, where samples on the same media come together, and where steps
+        are cut by cost.
         """
         dataset: Any = self.train_dataset
         streamed = isinstance(dataset, Stream)
-        if not streamed and (not hasattr(dataset, "__len__") or (self.args.world_size == 1 and not self.share_media)):
+        plain = self.args.world_size == 1 and not self.share_media and self.cut is None
+        if not streamed and (not hasattr(dataset, "__len__") or plain):
             return super().get_train_dataloader()
         collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
         if not streamed:
-            return global_loader(dataset, self.args, collator, share_media=self.share_media)
+            loader = global_loader(dataset, self.args, collator, share_media=self.share_media, cut=self.cut)
+            self.cut_figures = getattr(loader.batch_sampler, "figures", None)
+            return loader
         sampler = stream_sampler(dataset, self.args)
         self.skips = SkipWatch(sampler, self.accelerator)
         if isinstance(self._resumed_from, str | Path):

@@ -9,7 +9,7 @@ from accelerate.data_loader import SkipBatchSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpeft.data.balancing import CostBatchSampler, Steps, fullest_step
+from mmpeft.data.balancing import CostBatchSampler, Cut, Steps, fullest_step
 from mmpeft.data.batching import GlobalBatchSampler
 from mmpeft.data.cutting import Bounds, CostModel, MicroBatch, count_micro_batches, cut, items_of
 from mmpeft.data.sample_lengths import LENGTHS
@@ -51,10 +51,8 @@ def samplers(lengths, *, size, bounds, world, epochs=2, micro=None, seed=0, long
     )
     costs = CostModel()
     accumulation = size // (micro * world) if micro else -(-fullest_step(steps, bounds, costs, epochs) // world)
-    return [
-        CostBatchSampler(steps, bounds=bounds, costs=costs, accumulation=accumulation, world=world, rank=rank)
-        for rank in range(world)
-    ]
+    plan = Cut(steps=steps, bounds=bounds, costs=costs, accumulation=accumulation)
+    return [CostBatchSampler(plan, world=world, rank=rank) for rank in range(world)]
 
 
 def epoch_of(samplers, epoch):
