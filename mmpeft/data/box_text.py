@@ -154,7 +154,9 @@ def _noted(numbers: Sequence[float], notation: BoxNotation) -> str:
 
 
 def read_boxes(text: str, *, convention: BoxConvention, resized: tuple[int, int] | None = None) -> tuple[Box, ...]:
-    """The boxes and points in a text, in order, unit "fraction", in any notation; what is outside the picture or reversed is left out.
+    """The boxes and points in a text, in order, unit "fraction", whatever the notation.
+
+    What is outside the picture or reversed is left out.
 
     Raises:
         DataError: the convention is "resized_pixels" and `resized` is missing.

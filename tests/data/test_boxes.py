@@ -121,7 +121,7 @@ def test_max_pixels_moves_the_numbers_of_qwen2_5_and_of_no_other(families):
         before = answered(processor, sample_of(box), media)
         limit_pixels(processor, 25 * 8**2)
         assert (answered(processor, sample_of(box), media) != before) is moves
-    assert before.startswith("It is [250, 250, 750, 750].")
+    assert before.startswith("It is <|box_start|>(250,250),(750,750)<|box_end|>.")
 
 
 def test_without_boxes_nothing_is_touched(processor):
@@ -216,8 +216,8 @@ def test_questions_hold_their_boxes(tmp_path, families):
     (question,) = load_dataset(path, processor=families["qwen2_vl"][1]).questions()
     assert load_dataset(path, processor=families["qwen2_vl"][1]).boxes == "thousandths"
     assert load_dataset(write_lines(tmp_path / "b.jsonl", [row()]), processor=families["llava"][1]).boxes is None
-    assert question.prompt[0].text == "<image>What is at [250, 250]?"
-    assert question.reference == "As at [0, 0, 500, 1000]."
+    assert question.prompt[0].text == "<image>What is at <|box_start|>(250,250)<|box_end|>?"
+    assert question.reference == "As at (0,0),(500,1000)."
 
 
 def test_augmented_samples_of_a_file_keep_their_boxes_on_what_they_mark(tmp_path, processor):
