@@ -30,7 +30,7 @@ def plan(
         samples = "samples as they are read" if stage["samples"] is None else f"{stage['samples']} samples"
         console.print(
             f"[bold]{stage['name']}[/bold]: {samples}, {stage['steps']} steps of {batch['size']} "
-            f"({batch['micro']} at once, {batch['accumulation']} accumulated, {batch['processes']} process(es))",
+            f"({_at_once(batch)}, {batch['processes']} process(es))",
             soft_wrap=True,
         )
         for source in stage.get("sources", ()):
@@ -41,6 +41,12 @@ def plan(
                 markup=False,
             )
         console.print(_table(stage))
+
+
+def _at_once(batch: dict[str, Any]) -> str:
+    if batch["tokens"] is not None:
+        return f"at most {batch['tokens']} tokens at once"
+    return f"{batch['micro']} at once, {batch['accumulation']} accumulated"
 
 
 def _table(stage: dict[str, Any]) -> Table:

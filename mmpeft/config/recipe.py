@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
 
 from mmpeft.config.block import Block, no_bool, raise_all
+from mmpeft.config.compute import ComputeConfig
 from mmpeft.config.data import DataConfig
 from mmpeft.config.load import Document, describe, load_yaml
 from mmpeft.config.names import did_you_mean
@@ -62,10 +63,21 @@ class BatchConfig(Block):
     size: int = Field(default=16, ge=1)
     micro: int | None = Field(default=None, ge=1)
     """Samples of one process that go through the model at once; default: as many as `size` allows, up to 16."""
+    tokens: int | None = Field(default=None, ge=8)
+    """Instead of `micro`: most tokens of what goes through the model at once on one process (of a row its tokens, of
+    a padded batch rows x longest); a step's samples stay the same, they are only cut otherwise."""
+    balance: bool = True
+    """Spread the samples of a step over processes and micro-batches by their cost, and take the longest first."""
     packing: bool | None = None
     """Put these samples into one row without padding; default: where the model's family can be packed exactly."""
     share_media: bool = True
     """Bring samples on the same picture together, and run what they begin with once; needs packing."""
+
+    @model_validator(mode="after")
+    def _cut_in_one_way(self) -> "BatchConfig":
+        if self.micro is not None and self.tokens is not None:
+            raise_all([("micro", "`tokens` says how a step is cut, too; leave one of the two out")])
+        return self
 
 
 class EvaluateConfig(Block):
@@ -188,6 +200,7 @@ class Recipe(Block):
     data: DataConfig
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(_stages), Field(min_length=1)]
     batch: BatchConfig = BatchConfig()
+    compute: ComputeConfig = ComputeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = Field(default=0, ge=0)
     output: Path = Path("runs/mmpeft")
@@ -215,6 +228,13 @@ class Recipe(Block):
             if stage.max_steps is None and self.data.streaming and self.data.alone
         ]
         raise_all(problems)
+        return self
+
+    @model_validator(mode="after")
+    def _streams_have_no_lengths(self) -> "Recipe":
+        if self.data.streaming and self.batch.tokens is not None:
+            reason = "a stream's samples have no length before they are read; use batch.micro, or data.streaming: false"
+            raise_all([("batch.tokens", reason)])
         return self
 
     @classmethod

@@ -24,12 +24,17 @@ MICRO_LIMIT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A step's samples, cut for the processes at hand: size = micro * accumulation * processes."""
+    """A step's samples, cut for the processes at hand: size = micro * accumulation * processes.
+
+    With a budget of `tokens` the last micro-batch has what is left, and `micro` and `accumulation` follow from the
+    samples' lengths (see `mmpeft.pipeline.cutting.cut_batch`); before those are known they are as without it.
+    """
 
     size: int
     micro: int
     accumulation: int
     processes: int
+    tokens: int | None = None
 
 
 def plan_batch(recipe: Recipe, processes: int) -> Batch:
@@ -50,7 +55,7 @@ def plan_batch(recipe: Recipe, processes: int) -> Batch:
             f"batch.micro: {micro} does not divide the {share} samples that each of {processes} process(es) takes a "
             f"step; use one of {', '.join(map(str, fitting))}"
         )
-    return Batch(size=size, micro=micro, accumulation=share // micro, processes=processes)
+    return Batch(size=size, micro=micro, accumulation=share // micro, processes=processes, tokens=recipe.batch.tokens)
 
 
 def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:

@@ -80,11 +80,11 @@ def check_media(recipe: Recipe, dataset: TrainData) -> None:
     """
     if isinstance(dataset, Stream):
         # The rest of the files is not known.
-        heads = [row for stream in _parts(dataset) for row in stream.head]
+        heads = [row for stream in parts_of(dataset) for row in stream.head]
         if not any(any(row.sample.media.values()) for row in heads if row.sample is not None):
             logger.warning("%s: none of its first %d samples has a picture", dataset.path, len(heads))
         return
-    files = _parts(dataset)
+    files = parts_of(dataset)
     if any(any(file.sample(index).media.values()) for file in files for index in range(len(file))):
         return
     for stage in recipe.stages:
@@ -97,7 +97,7 @@ def check_media(recipe: Recipe, dataset: TrainData) -> None:
             )
 
 
-def _parts(dataset: TrainData) -> list[Any]:
+def parts_of(dataset: TrainData) -> list[Any]:
     """The data sets that a mixture is made of; any other by itself."""
     return [part.dataset for part in dataset.parts] if isinstance(dataset, Mixture) else [dataset]
 

@@ -100,6 +100,7 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
             "max_pixels": recipe.data.max_pixels,
             "batch": recipe.batch.size,
             "share_media": recipe.batch.share_media,
+            "balance": recipe.batch.balance,
             "seed": recipe.seed,
             "dtype": recipe.dtype,
             "versions": {name: version for name, version in versions().items() if name != "datasets"},

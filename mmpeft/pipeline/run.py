@@ -27,6 +27,7 @@ from mmpeft.models.devices import pick_device
 from mmpeft.models.load import FACTS_NAME, load_model, load_processor
 from mmpeft.pipeline.arguments import check_trainer_blocks
 from mmpeft.pipeline.base import resolve_base, skeleton
+from mmpeft.pipeline.cutting import measure
 from mmpeft.pipeline.data import check_media, count_samples, describe_data, describe_sources, load_held_out, load_train
 from mmpeft.pipeline.directory import RunDirectory, StageDirectory
 from mmpeft.pipeline.evaluate import evaluate_with
@@ -156,6 +157,7 @@ class _Run:
         with self.state.main_process_first():
             self.train = load_train(recipe, self.processor)
             self.eval = load_held_out(recipe, self.processor)
+            measure(recipe, self.train)
         self.hashes = {id(data): data_hash(data) for data in (self.train, self.eval) if data is not None}
         samples = count_samples(self.train)
         check_trainer_blocks(recipe, samples)

@@ -4,7 +4,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from mmpeft.pipeline.arguments import (
     plan_batch,
     training_arguments,
 )
+from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cut
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
@@ -172,6 +174,7 @@ def run_stage(
             "its checkpoint is written, and the same command goes on from there"
         )
     figures = _figures(trainer, prepared.plan, seconds=time.perf_counter() - begin)
+    figures["speedups"] = [asdict(speedup) for speedup in cut_speedups(recipe, trainer)]
     if main:
         _write_result(stage, prepared, folder)
         folder.write_state({**state, "status": "done", "figures": figures})
@@ -188,8 +191,14 @@ def _trainer(
     batch: Batch,
     steps: int,
 ) -> MultimodalTrainer:
-    args = training_arguments(recipe, stage, output=folder.checkpoints, batch=batch, steps=steps, dtype=prepared.dtype)
+    make_arguments = partial(
+        training_arguments, recipe, stage, output=folder.checkpoints, steps=steps, dtype=prepared.dtype
+    )
+    args = make_arguments(batch=batch)
     packs = packs_rows(recipe, prepared.model, args)
+    costs = cost_model(prepared.model, prepared.plan)
+    cut = plan_cut(recipe, datasets[0], args, batch=batch, packs=packs, costs=costs, steps=steps)
+    args = make_arguments(batch=cut_batch(batch, cut))
     trainer = MultimodalTrainer(
         model=prepared.model,
         args=args,
@@ -201,6 +210,7 @@ def _trainer(
         else MultimodalCollator(prepared.processor, supervised_only=False if args.label_smoothing_factor else None),
         learning_rates=learning_rates(stage),
         share_media=packs and recipe.batch.share_media and args.train_sampling_strategy in ("random", "sequential"),
+        cut=cut,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
