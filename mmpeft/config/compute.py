@@ -1,0 +1,21 @@
+"""The `compute` block: how a step is computed. None of it changes what comes out, beyond rounding."""
+
+from typing import Literal
+
+from mmpeft.config.block import Block
+
+Switch = Literal["auto", True, False]
+"""On, off, or on where it pays; the run's report says which and why."""
+
+
+class ComputeConfig(Block):
+    """How a step is computed."""
+
+    supervised_only: bool = True
+    """Compute logits where a label is predicted, not at every token."""
+    chunked_loss: Switch = "auto"
+    """Compute logits and their loss a chunk of positions at a time, so that they never stand in memory at once; `auto`:
+    where they would hold more than 2^26 numbers."""
+    checkpointing: Switch = "auto"
+    """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work; `auto`: off
+    unless the stage's `trainer` block has `gradient_checkpointing`."""
