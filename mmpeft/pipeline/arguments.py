@@ -58,8 +58,8 @@ def plan_batch(recipe: Recipe, processes: int) -> Batch:
     return Batch(size=size, micro=micro, accumulation=share // micro, processes=processes, tokens=recipe.batch.tokens)
 
 
-def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
-    """Whether a stage's samples go through the model as rows without padding.
+def packing_obstacle(recipe: Recipe, model: Any, args: TrainingArguments) -> str | None:
+    """Why a stage's samples cannot go through the model as rows without padding; None if they can.
 
     Raises:
         RecipeError: the recipe asks for it where it would not be exact; says why.
@@ -78,7 +78,12 @@ def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
         obstacle = "label smoothing reads the logits of every position"
     if obstacle and recipe.batch.packing:
         raise RecipeError(f"batch.packing: {obstacle}; leave it out")
-    return obstacle is None and recipe.batch.packing is not False
+    return obstacle
+
+
+def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
+    """Whether a stage's samples go through the model as rows without padding; errors as `packing_obstacle`."""
+    return packing_obstacle(recipe, model, args) is None and recipe.batch.packing is not False
 
 
 def count_steps(stage: StageConfig, samples: int | None, size: int) -> int:

@@ -39,6 +39,7 @@ from mmpeft.pipeline.arguments import (
     Batch,
     count_steps,
     learning_rates,
+    packing_obstacle,
     packs_rows,
     plan_batch,
     training_arguments,
@@ -46,6 +47,7 @@ from mmpeft.pipeline.arguments import (
 from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cut
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
+from mmpeft.pipeline.speedups import packing_speedups
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
 from mmpeft.training.resume import last_checkpoint
@@ -174,7 +176,19 @@ def run_stage(
             "its checkpoint is written, and the same command goes on from there"
         )
     figures = _figures(trainer, prepared.plan, seconds=time.perf_counter() - begin)
-    figures["speedups"] = [asdict(speedup) for speedup in cut_speedups(recipe, trainer)]
+    figures["speedups"] = [
+        asdict(speedup)
+        for speedup in (
+            *packing_speedups(
+                recipe.batch,
+                packing_obstacle(recipe, prepared.model, trainer.args),
+                tokens=trainer.tokens_trained,
+                computed=trainer.tokens_computed,
+                padded=trainer.tokens_padded,
+            ),
+            *cut_speedups(recipe, trainer),
+        )
+    ]
     if main:
         _write_result(stage, prepared, folder)
         folder.write_state({**state, "status": "done", "figures": figures})

@@ -111,3 +111,14 @@ def test_a_packed_row_under_another_attention_is_refused(tmp_path):
     trainer = MultimodalTrainer(model=model, args=args, data_collator=PackedCollator(processor))
     with pytest.raises(ModelError, match=r"needs mmpeft\.models\.tree_attention"):
         trainer.compute_loss(model, PackedCollator(processor)(rows))
+
+
+def test_the_stage_says_what_packing_saved(tmp_path):
+    _, figures = run(tmp_path)
+    for stage in figures:
+        rows = {row["name"]: row for row in stage["speedups"]}
+        packing, sharing = rows["batch.packing"], rows["batch.share_media"]
+        assert packing["on"]
+        assert packing["saved"]["tokens"] == stage["tokens_padded"] - stage["tokens"]
+        assert sharing["on"]
+        assert sharing["saved"]["tokens"] == stage["tokens"] - stage["tokens_computed"] > 0

@@ -357,3 +357,13 @@ def test_known_wilson_intervals():
     """Newcombe 1998, Statistics in Medicine 17:857, table I: 81/263 and 0/20."""
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+
+
+def test_what_made_it_faster_stands_in_the_report_stage_by_stage(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    table = text[text.index("What made it faster") :].partition("</table>")[0]
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", table))
+    assert "batch.packing on 12,300 tokens it can be packed" in words
+    assert "data.cache on 2.00 KiB, 12 s one pass" in words
+    assert "data.cache off" in words
+    assert "batch.share_media off - it needs batch.packing" in words
