@@ -204,3 +204,13 @@ def test_sources_are_written_as_a_path_a_block_or_a_list():
     assert (
         one.data.sources[0].path == Recipe.from_dict({**MINIMAL, "data": {"train": sources[:1]}}).data.sources[0].path
     )
+
+
+def test_a_step_is_cut_by_samples_or_by_tokens_and_a_stream_by_samples_only():
+    assert Recipe.from_dict({**MINIMAL, "batch": {"tokens": 4096}}).batch.balance
+    with pytest.raises(RecipeError, match=r"batch\.micro: `tokens` says how a step is cut, too; leave one"):
+        Recipe.from_dict({**MINIMAL, "batch": {"micro": 4, "tokens": 4096}})
+    streamed = {**MINIMAL, "data": {"train": "a.jsonl", "streaming": True}, "batch": {"tokens": 4096}}
+    streamed["stages"] = [{"name": "a", "train": {"projector": "full"}, "max_steps": 3}]
+    with pytest.raises(RecipeError, match=r"batch\.tokens: a stream's samples have no length .* use batch\.micro"):
+        Recipe.from_dict(streamed)
