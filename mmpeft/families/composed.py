@@ -1,5 +1,6 @@
 """Models of `mmpeft.compose_model` that the LLaVA class cannot express (see models/modeling_composed.py)."""
 
+from mmpeft.families.projecting import one_row
 from mmpeft.families.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -7,6 +8,7 @@ SPEC = FamilySpec(
     model_types=("mmpeft_composed",),
     processors=("ComposedProcessor",),
     packable=True,
+    project=one_row,
     parts={
         "vision": ("vision_towers",),
         "projector": ("multi_modal_projector",),

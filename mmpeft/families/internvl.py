@@ -4,6 +4,7 @@ A picture is cut into tiles of the tower's size, up to the processor's `max_patc
 film is one tile a frame, each behind `Frame1: `. The processor puts the frames into `pixel_values`, too.
 """
 
+from mmpeft.families.projecting import one_projector
 from mmpeft.families.spec import BoxNotation, FamilySpec
 
 SPEC = FamilySpec(
@@ -11,6 +12,7 @@ SPEC = FamilySpec(
     model_types=("internvl",),
     processors=("InternVLProcessor",),
     packable=True,
+    project=one_projector,
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

@@ -18,6 +18,7 @@ SPEC = FamilySpec(
     model_types=("llava",),
     processors=("LlavaProcessor",),
     packable=True,
+    uncacheable={"pixtral": "lay the pictures of a batch side by side in one row"},
     parts={
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),

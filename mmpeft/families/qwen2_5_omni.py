@@ -21,6 +21,7 @@ from typing import Any
 import transformers
 from transformers.utils import cached_file
 
+from mmpeft.families.projecting import qwen_merger
 from mmpeft.families.spec import FamilySpec
 
 SPEAKERS = "spk_dict.pt"
@@ -56,6 +57,7 @@ SPEC = FamilySpec(
     processors=("Qwen2_5OmniProcessor",),
     supervised_logits=False,
     packable=True,
+    project=qwen_merger,
     parts={
         "vision": ("model.visual",),
         "audio": ("model.audio_tower",),

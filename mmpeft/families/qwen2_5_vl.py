@@ -5,6 +5,7 @@ Without `mm_token_type_ids` its forward gives pictures the positions of plain te
 seconds. Boxes are pixels of the picture as the processor has resized it, so they change with `max_pixels`.
 """
 
+from mmpeft.families.projecting import qwen_merger
 from mmpeft.families.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -12,6 +13,7 @@ SPEC = FamilySpec(
     model_types=("qwen2_5_vl",),
     processors=("Qwen2_5_VLProcessor",),
     packable=True,
+    project=qwen_merger,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

@@ -6,6 +6,7 @@ rows (time, height, width): the forward computes them from the grids and the pro
 (0 text, 1 picture, 2 video), and refuses pictures without these.
 """
 
+from mmpeft.families.projecting import qwen_merger
 from mmpeft.families.spec import BoxNotation, FamilySpec
 
 SPEC = FamilySpec(
@@ -13,6 +14,7 @@ SPEC = FamilySpec(
     model_types=("qwen2_vl",),
     processors=("Qwen2VLProcessor",),
     packable=True,
+    project=qwen_merger,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

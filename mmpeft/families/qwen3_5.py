@@ -5,11 +5,13 @@ token to token. Processor and positions are Qwen3-VL's; there are no mergers of 
 asks for thinking unless told otherwise (see `mmpeft.data.chat`).
 """
 
+from mmpeft.families.projecting import qwen_merger
 from mmpeft.families.spec import FamilySpec
 
 SPEC = FamilySpec(
     name="qwen3_5",
     model_types=("qwen3_5",),
+    project=qwen_merger,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger",),

@@ -6,6 +6,7 @@ frame by frame, each behind its time (`<0.3 seconds>`), so the processor needs t
 Positions need `mm_token_type_ids`, as in Qwen2-VL.
 """
 
+from mmpeft.families.projecting import qwen_merger
 from mmpeft.families.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -13,6 +14,7 @@ SPEC = FamilySpec(
     model_types=("qwen3_vl",),
     processors=("Qwen3VLProcessor",),
     packable=True,
+    project=qwen_merger,
     parts={
         "vision": ("model.visual",),
         "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
@@ -21,7 +23,5 @@ SPEC = FamilySpec(
     positions="media",
     modalities=("image", "video"),
     boxes="thousandths",
-    # What the language model takes is not the tower's last output alone.
-    cacheable=(),
     note="Videos need the place of each frame in the file and its frame rate: their times are written into the text.",
 )

@@ -4,6 +4,7 @@ A picture is cut into tiles, each behind `<row_1_col_1>`, with the whole one beh
 [samples, tiles, 3, height, width]; a tile that is all zero fills up and is left out by the forward.
 """
 
+from mmpeft.families.projecting import one_row
 from mmpeft.families.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -11,6 +12,7 @@ SPEC = FamilySpec(
     model_types=("smolvlm", "idefics3"),
     processors=("SmolVLMProcessor", "Idefics3Processor"),
     packable=True,
+    project=one_row,
     parts={
         "vision": ("model.vision_model",),
         "projector": ("model.connector",),

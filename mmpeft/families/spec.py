@@ -96,6 +96,10 @@ class FamilySpec:
         boxes: what the numbers of a place in a picture count.
         box_notation: how they are written.
         cacheable: the outermost outputs that are the same in every epoch while their parts are frozen.
+        project: what the model's `get_..._features` gives, from what the modules of its projector take: called with
+            the model, the modality, these inputs by module path, and the call's arguments by name. None where the
+            model's own method can be led through without its tower, for nothing but the projector reads its output.
+        uncacheable: types of towers whose outputs cannot be kept a sample, each with the reason, as a clause.
         note: what a user of the family should know, in one sentence; "" if nothing.
     """
 
@@ -116,6 +120,8 @@ class FamilySpec:
     boxes: BoxConvention = "fraction"
     box_notation: BoxNotation = BoxNotation()
     cacheable: tuple[Part, ...] = field(default=("vision",))
+    project: Callable[[Any, Modality, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+    uncacheable: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
     def part_of(self, name: str) -> Part | None:
