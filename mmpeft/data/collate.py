@@ -10,6 +10,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 from mmpeft.data.expand import AUDIO_IN_VIDEO
+from mmpeft.data.join_features import HEAVY, KEYS, has_features, has_tensor, join_features
 from mmpeft.families.catalogue import takes_supervised_logits
 
 TEXT_ALIGNED = frozenset({"token_type_ids", "mm_token_type_ids"})
@@ -82,12 +83,16 @@ def join_media(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
         [1, 5, 3, 16, 16] and [2, 3, 3, 16, 16]   ->   [3, 5, 3, 16, 16]
 
-    `use_audio_in_video` is one truth for the batch.
+    `use_audio_in_video` is one truth for the batch. Of samples from a data set with a feature cache, pixels and sounds
+    stay apart (see `mmpeft.data.join_features`).
     """
     joined: dict[str, Any] = {}
-    names = {key for sample in samples for key in sample} - TEXT_ALIGNED - {"input_ids", "labels"}
+    names = {key for sample in samples for key in sample} - TEXT_ALIGNED - {"input_ids", "labels"} - KEYS
+    if has_features(samples):
+        joined |= join_features(samples, frozenset(names))
+        names -= HEAVY
     if AUDIO_IN_VIDEO in names:
-        if any("pixel_values_videos" in sample and AUDIO_IN_VIDEO not in sample for sample in samples):
+        if any(has_tensor(sample, "pixel_values_videos") and AUDIO_IN_VIDEO not in sample for sample in samples):
             raise DataError(
                 "films with sound and films without stand in one batch, which the model takes apart only; load them "
                 "with use_audio_in_video, which gives those without a silent track"

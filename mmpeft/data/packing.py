@@ -21,6 +21,7 @@ from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.chat import control_tokens
 from mmpeft.data.collate import join_media
 from mmpeft.data.encode import Encoded
+from mmpeft.data.join_features import KEYS
 from mmpeft.families.registry import family_of_processor
 from mmpeft.families.spec import TokenTypes
 
@@ -126,8 +127,9 @@ def _groups(samples: Sequence[Encoded]) -> list[list[int]]:
     """Samples with the same media together, in the order in which each group begins; those without stay alone."""
     groups: dict[object, list[int]] = {}
     for number, sample in enumerate(samples):
-        media = sorted(set(sample) - TEXT_KEYS)
-        key: object = tuple((name, _digest(sample[name])) for name in media) if media else number
+        media = sorted(set(sample) - TEXT_KEYS - KEYS)
+        # The key of kept features is a hash of the media already.
+        key: object = sample.get("features_key") or tuple((name, _digest(sample[name])) for name in media) or number
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
@@ -179,19 +181,25 @@ class PackedCollator:
     Args:
         processor: a transformers processor.
         share: whether samples on the same media share their beginning.
+        supervised_only: add `logits_to_keep` and `shift_labels`; default: where the family's forward takes them. With
+            `mmpeft.models.head_loss.head_loss_on` every family does.
     """
 
-    def __init__(self, processor: Any, *, share: bool = True) -> None:
+    def __init__(self, processor: Any, *, share: bool = True, supervised_only: bool | None = None) -> None:
         self.share = share
         self.media_ids = frozenset(control_tokens(processor).media_ids.values())
         spec = family_of_processor(processor)
-        self.supervised_only = bool(spec and spec.supervised_logits)
+        taken = bool(spec and spec.supervised_logits)
+        self.supervised_only = taken if supervised_only is None else supervised_only
         self.two_way = spec.token_types if spec else None
         self.placed = bool(spec and spec.positions == "media")
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The samples of `encode_sample` as one row."""
-        rows = [{key: torch.as_tensor(value) for key, value in sample.items()} for sample in samples]
+        rows: list[Encoded] = [
+            {key: value if key in KEYS else torch.as_tensor(value) for key, value in sample.items()}
+            for sample in samples
+        ]
         packing = plan_packing(rows, self.media_ids, share=self.share, two_way=self.two_way)
         ordered = [rows[number] for number in packing.order]
         padded = {key: _padded(ordered, key) for key in ("input_ids", "labels", "mm_token_type_ids") if key in rows[0]}
@@ -209,7 +217,7 @@ class PackedCollator:
                 **{key: value for key, value in padded.items() if key != "labels"},
                 "attention_mask": (torch.arange(padded["input_ids"].shape[1]) < lengths[:, None]).long(),
                 "index": packing.index,
-                **{key: value for key, value in join_media(ordered).items() if key in PLACES},
+                **join_media([{key: row[key] for key in PLACES & set(row)} for row in ordered]),
             }
         else:
             batch["position_ids"] = packing.positions[None]
