@@ -130,15 +130,15 @@ class CutFigures:
         self.steps, self.tokens, self.padding = self.steps + 1, self.tokens + tokens, self.padding + padding
         self.dearest, self.mean = self.dearest + max(costs), self.mean + sum(costs) / len(costs)
 
-    def to_dict(self) -> dict[str, float]:
-        """`padding_tokens` spared; `imbalance`, the dearest by the mean, and `largest_tokens`, with what they were."""
-        return {
-            "padding_tokens": float(self.plain_padding - self.padding),
-            "imbalance": round(self.dearest / (self.mean or 1), 4),
-            "imbalance_before": round(self.plain_dearest / (self.plain_mean or 1), 4),
-            "largest_tokens": float(self.largest),
-            "largest_tokens_before": float(self.plain_largest),
-        }
+    @property
+    def imbalance(self) -> float:
+        """The dearest by the mean; 1 where all are alike."""
+        return self.dearest / (self.mean or 1)
+
+    @property
+    def plain_imbalance(self) -> float:
+        """The same in the order of the step."""
+        return self.plain_dearest / (self.plain_mean or 1)
 
 
 @dataclass(frozen=True, kw_only=True)

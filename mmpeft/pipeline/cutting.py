@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -135,37 +134,37 @@ def _patches_a_token(config: Any) -> float:
     return 1 / float(getattr(config, "downsample_ratio", None) or 1) ** 2
 
 
-def cut_speedups(recipe: Recipe, trainer: MultimodalTrainer) -> Sequence[Speedup]:
+def cut_speedups(recipe: Recipe, trainer: MultimodalTrainer) -> list[Speedup]:
     """What `batch.tokens` and `batch.balance` did in a stage that has been trained."""
     cut, figures = trainer.cut, trainer.cut_figures
-    saved = figures.to_dict() if cut is not None and figures is not None else {}
-    budget = recipe.batch.tokens
-    spread = cut is not None and cut.bounds.spread
-    if budget is None or cut is None:
-        why = "the recipe names no budget"
-    else:
-        each = f"{cut.accumulation} micro-batches a step on each of {PartialState().num_processes} process(es)"
-        why = f"the fullest step needs {each} of {budget} tokens at most"
-    tokens = Speedup(
-        name="batch.tokens",
-        on=budget is not None,
-        why=why,
-        saved={name: value for name, value in saved.items() if name.startswith("largest")} if budget else {},
-    )
+    if cut is None or figures is None:
+        why = _why_not(recipe, trainer)
+        return [Speedup(name=name, on=False, why=why) for name in ("batch.tokens", "batch.balance")]
+    tokens = Speedup(name="batch.tokens", on=False, why="the recipe gives none")
+    if cut.bounds.tokens is not None:
+        tokens = Speedup(
+            name="batch.tokens",
+            on=True,
+            why=f"the fullest step takes {cut.accumulation} micro-batches of each process; the largest of all holds "
+            f"{figures.largest} tokens, and {figures.plain_largest} if as many are cut in their order",
+            saved={"tokens_in_the_largest": float(max(0, figures.plain_largest - figures.largest))},
+        )
+    if not cut.bounds.spread:
+        return [tokens, Speedup(name="batch.balance", on=False, why=_why_not(recipe, trainer))]
+    dearest = "process" if PartialState().num_processes > 1 else "micro-batch"
     balance = Speedup(
         name="batch.balance",
-        on=spread,
-        why=_why_balanced(recipe, trainer, spread),
-        saved={name: value for name, value in saved.items() if not name.startswith("largest")} if spread else {},
+        on=True,
+        why=f"the dearest {dearest} of a step costs {figures.imbalance:.3f} times the mean, and "
+        f"{figures.plain_imbalance:.3f} times if steps are cut in their order",
+        saved={} if cut.bounds.packed else {"padding_tokens": float(figures.plain_padding - figures.padding)},
     )
-    return tokens, balance
+    return [tokens, balance]
 
 
-def _why_balanced(recipe: Recipe, trainer: MultimodalTrainer, spread: bool) -> str:
-    if spread:
-        return "micro-batches of a step cost about the same, and the longest samples come first"
-    if not recipe.batch.balance:
-        return "the recipe switches it off"
+def _why_not(recipe: Recipe, trainer: MultimodalTrainer) -> str:
     if isinstance(trainer.train_dataset, StreamingDataset | StreamedMixture):
         return "a stream's samples have no length before they are read"
+    if not recipe.batch.balance:
+        return "the recipe switches it off"
     return "the model's loss is a mean of each micro-batch, so it would depend on how a step is cut"
