@@ -1,0 +1,256 @@
+"""What frozen towers made of samples' media, kept on disk for later epochs, stages and runs.
+
+    <directory>/features/ab/abcdef….safetensors      one entry: the features, and what the processor wrote
+
+An entry appears whole or not at all, whoever is killed and however many write at once; each time that it is read, a
+hash of all its content is compared. What is broken, or stands under another's name, is removed and made anew.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mmpeft.core.types import Modality
+
+logger = logging.getLogger(__name__)
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+STALE_SECONDS = 3600
+"""Age of a temporary file whose writer must be gone."""
+
+_KEY = re.compile(r"[0-9a-f]{32,128}")
+_FEATURE, _SMALL = "feature:", "small:"
+_COUNTED = ("hits", "misses", "written", "broken", "evicted", "refused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptExpansion:
+    """What a processor made of a sample's media, without pixels and sounds.
+
+    Attributes:
+        replacements: the text in the place of each medium, in order.
+        modalities: of each replacement.
+        tensors: grids, sizes and the like, as the forward names them.
+        shapes: of the tensors that are not kept, for the towers alone read them.
+    """
+
+    replacements: tuple[str, ...]
+    modalities: tuple[Modality, ...]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is kept of one sample's media.
+
+    Attributes:
+        tensors: features by name.
+        expansion: what the processor made of the media.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    expansion: KeptExpansion
+
+
+class FeatureStore:
+    """Entries by key, in a directory that other processes and runs may use at the same time.
+
+    Goes with a data set into the workers of a loader; what they count is counted here too.
+
+    Args:
+        directory: the cache's directory; made when the first entry is written.
+        limit_bytes: bytes that all entries may take together. When they are reached, the oldest that no run has used
+            since this one began are removed; if there are none, nothing more is taken in.
+    """
+
+    def __init__(self, directory: Path, limit_bytes: int) -> None:
+        self.directory = directory / "features"
+        self.limit_bytes = limit_bytes
+        self.off: str | None = None
+        self._began = time.time()
+        self._bytes: int | None = None
+        self._swept = False
+        self._counts = torch.zeros(len(_COUNTED), dtype=torch.int64).share_memory_()
+
+    def read(self, key: str) -> Entry | None:
+        """The entry of `key`; None if there is none that can be used."""
+        path = self._path(key)
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return self._broken(path, "it is no regular file")
+            entry, digest, said = _load(path)
+        except FileNotFoundError:
+            self._count("misses")
+            return None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return self._broken(path, str(error) or type(error).__name__)
+        if _digest(key, entry) != digest:
+            return self._broken(path, "its content is not what was written" if said == key else "it is of another key")
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        self._count("hits")
+        return entry
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry of `key`, unread."""
+        return self._path(key).is_file()
+
+    def write(self, key: str, entry: Entry) -> bool:
+        """Keep an entry; a failure turns the store off, with a warning, and is no error.
+
+        Returns:
+            Whether it was taken in.
+        """
+        if self.off is not None:
+            return False
+        size = sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors.values())
+        path = self._path(key)
+        temporary = path.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            if not self._room(size):
+                self._count("refused")
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _save(temporary, key, entry)
+            written = temporary.stat().st_size
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self.off = f"{self.directory} cannot be written ({error})"
+            logger.warning("the feature cache is off from here on: %s", self.off)
+            return False
+        self._bytes = (self._bytes or 0) + written
+        self._count("written")
+        return True
+
+    def figures(self) -> dict[str, int]:
+        """How often entries were found, missing, written, broken, evicted or refused, and their bytes on disk."""
+        counts = dict(zip(_COUNTED, self._counts.tolist(), strict=True))
+        return {**counts, "bytes": sum(size for _, size, _ in self._entries())}
+
+    def _path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"feature key {key!r}; expected 32 to 128 hexadecimal digits")
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+    def _count(self, name: str) -> None:
+        self._counts[_COUNTED.index(name)] += 1
+
+    def _broken(self, path: Path, why: str) -> None:
+        logger.warning("the feature cache's entry %s cannot be used and is made anew: %s", path, why)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        self._count("broken")
+        self._count("misses")
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """(last use, bytes, path) of each entry."""
+        found = []
+        for folder in _listed(self.directory):
+            for item in _listed(folder):
+                with contextlib.suppress(OSError):
+                    facts = item.stat(follow_symlinks=False)
+                    if item.name.endswith(".safetensors"):
+                        found.append((facts.st_mtime, facts.st_size, Path(item.path)))
+        return found
+
+    def _room(self, size: int) -> bool:
+        """Whether `size` more bytes may be taken in, once what is old has gone."""
+        if self._bytes is None or self._bytes + size > self.limit_bytes:
+            self._sweep()
+            entries = sorted(self._entries())
+            self._bytes = sum(taken for _, taken, _ in entries)
+            for used, taken, path in entries:
+                if self._bytes + size <= self.limit_bytes or used >= self._began:
+                    break
+                path.unlink(missing_ok=True)
+                self._bytes -= taken
+                self._count("evicted")
+        return self._bytes + size <= self.limit_bytes
+
+    def _sweep(self) -> None:
+        """Remove what writers that were killed have left."""
+        if self._swept:
+            return
+        self._swept = True
+        for folder in _listed(self.directory):
+            for item in _listed(folder):
+                with contextlib.suppress(OSError):
+                    if item.name.endswith(".tmp") and item.stat().st_mtime < time.time() - STALE_SECONDS:
+                        os.unlink(item.path)
+
+
+def default_directory() -> Path:
+    """Where caches are kept unless a recipe says otherwise."""
+    if given := os.environ.get("MMPEFT_CACHE"):
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME")
+    return Path(home).expanduser() / "mmpeft" if home else Path.home() / ".cache" / "mmpeft"
+
+
+def _listed(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            return list(items)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _described(expansion: KeptExpansion) -> str:
+    shapes = {
+        name: [list(shape), str(dtype).removeprefix("torch.")] for name, (shape, dtype) in expansion.shapes.items()
+    }
+    return json.dumps([list(expansion.replacements), list(expansion.modalities), shapes], sort_keys=True)
+
+
+def _named(entry: Entry) -> dict[str, torch.Tensor]:
+    tensors = {f"{_FEATURE}{name}": tensor for name, tensor in entry.tensors.items()}
+    tensors |= {f"{_SMALL}{name}": tensor for name, tensor in entry.expansion.tensors.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(key: str, entry: Entry) -> str:
+    """Of all that an entry holds."""
+    digest = hashlib.blake2b(f"{key}\n{_described(entry.expansion)}".encode(), digest_size=16)
+    for name, tensor in sorted(_named(entry).items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _save(path: Path, key: str, entry: Entry) -> None:
+    facts = {"key": key, "expansion": _described(entry.expansion), "digest": _digest(key, entry)}
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    save_file({name: tensor.clone() for name, tensor in _named(entry).items()}, path, metadata=facts)
+
+
+def _load(path: Path) -> tuple[Entry, str, str]:
+    """An entry, the digest that it was written with, and its key."""
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    replacements, modalities, shapes = json.loads(facts["expansion"])
+    expansion = KeptExpansion(
+        replacements=tuple(replacements),
+        modalities=tuple(modalities),
+        tensors={n.removeprefix(_SMALL): t for n, t in tensors.items() if n.startswith(_SMALL)},
+        shapes={name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in shapes.items()},
+    )
+    features = {n.removeprefix(_FEATURE): t for n, t in tensors.items() if n.startswith(_FEATURE)}
+    return Entry(tensors=features, expansion=expansion), facts["digest"], facts["key"]
