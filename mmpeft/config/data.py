@@ -10,7 +10,6 @@ from pydantic_core import PydanticCustomError
 from mmpeft.config.augment import AugmentConfig
 from mmpeft.config.block import Block, no_bool, raise_all
 from mmpeft.config.cache import CacheConfig
-from mmpeft.config.cache import CacheConfig
 
 
 class MediaConfig(Block):
@@ -85,7 +84,6 @@ class DataConfig(Block):
     """With `on_error: skip`, the most samples that may be skipped: a share of the file below 1, else a count."""
     augment: AugmentConfig | None = None
     """How training samples are varied from epoch to epoch; held-out samples never are. Default: not at all."""
-    cache: CacheConfig = CacheConfig()
     cache: CacheConfig = CacheConfig()
     workers: int = Field(default=0, ge=0)
     """Processes that open pictures ahead of training; 0 opens them in the training process."""

@@ -92,15 +92,17 @@ class FeatureStore:
         path = self._path(key)
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
-                return self._broken(path, "it is no regular file")
+                raise ValueError("it is no regular file")
             entry, digest, said = _load(path)
         except FileNotFoundError:
             self._count("misses")
             return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return self._broken(path, str(error) or type(error).__name__)
+            self._broken(path, str(error) or type(error).__name__)
+            return None
         if _digest(key, entry) != digest:
-            return self._broken(path, "its content is not what was written" if said == key else "it is of another key")
+            self._broken(path, "its content is not what was written" if said == key else "it is of another key")
+            return None
         with contextlib.suppress(OSError):
             os.utime(path)
         self._count("hits")
