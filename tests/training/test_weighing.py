@@ -17,7 +17,7 @@ from tests.families.samples import picture, sample_of
 from tests.training.test_trainer import arguments
 
 
-def one_step(family, folder, micro):
+def one_step(family, folder, micro, **options):
     torch.manual_seed(0)
     model, processor = FIRST_CLASS[family]()
     sees = "image" in family_of(model).modalities
@@ -28,7 +28,7 @@ def one_step(family, folder, micro):
         )
         for n in range(4)
     ]
-    collator = MultimodalCollator(processor)
+    collator = MultimodalCollator(processor, supervised_only=False if options else None)
     model = get_peft_model(model, {"language": {"r": 4}})
     trainer = MultimodalTrainer(
         model=model,
@@ -40,6 +40,7 @@ def one_step(family, folder, micro):
             optim="sgd",
             max_grad_norm=0,
             learning_rate=1.0,
+            **options,
         ),
         train_dataset=rows,
         data_collator=collator,
@@ -56,6 +57,17 @@ def test_a_step_is_the_same_in_one_micro_batch_and_in_four(family, tmp_path):
     assert parted == pytest.approx(whole, rel=1e-5)
     assert torch.linalg.norm(update) > 0
     assert torch.linalg.norm(parted_update - update) < 1e-5 * torch.linalg.norm(update)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen2_audio"])
+def test_label_smoothing_is_of_the_next_token_however_a_step_is_cut(family, tmp_path):
+    whole, update = one_step(family, tmp_path / "whole", 4, label_smoothing_factor=1e-9)
+    parted, parted_update = one_step(family, tmp_path / "parted", 1, label_smoothing_factor=1e-9)
+    plain, _ = one_step(family, tmp_path / "plain", 4)
+    assert parted == pytest.approx(whole, rel=1e-5)
+    assert torch.linalg.norm(parted_update - update) < 1e-5 * torch.linalg.norm(update)
+    # Hardly smoothed at all, it is the cross-entropy.
+    assert whole == pytest.approx(plain, rel=1e-5)
 
 
 def test_a_loss_that_no_count_reaches_cannot_have_a_budget(tmp_path):
