@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from mmpeft.core.errors import DataError
+from mmpeft.data.collate import MultimodalCollator
+from mmpeft.data.cutting import Bounds, CostModel, count_micro_batches, cut, items_of
 from mmpeft.data.dataset import load_dataset
 from mmpeft.data.load_media import MediaLimits
-from mmpeft.data.packing import plan_packing
+from mmpeft.data.packing import PackedCollator, plan_packing
 from mmpeft.families.registry import family_of
 from tests.data.films import film
 from tests.families.models import FIRST_CLASS, SINGLE_TURN
@@ -154,3 +156,36 @@ def test_a_medium_that_went_is_named(tmp_path):
     (tmp_path / "c.png").unlink()
     with pytest.raises(DataError, match=r"'c\.png' does not exist"):
         dataset.lengths()
+
+
+def test_rows_that_are_left_out_have_no_length(tmp_path, processor):
+    path = write(tmp_path)
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    dataset = load_dataset(path, processor=processor, on_error="skip", max_skipped=1)
+    assert [skipped.index for skipped in dataset.skipped] == [4]
+    assert dataset.lengths()["tokens"].tolist() == [len(dataset[index]["input_ids"]) for index in range(4)]
+
+
+def test_samples_that_are_varied_share_nothing(tmp_path, processor):
+    dataset = load_dataset(write(tmp_path), processor=processor)
+    assert dataset.lengths()["shared"].max() > 0
+    dataset.augment_with({"colour": {"brightness": 0.2}})
+    assert dataset.lengths()["shared"].max() == 0
+
+
+@pytest.mark.parametrize("family", FIRST_CLASS)
+def test_micro_batches_within_a_budget_are_so_once_they_are_collated(tmp_path, family):
+    model, processor = FIRST_CLASS[family]()
+    spec = family_of(model)
+    path = write(tmp_path, pictures="image" in spec.modalities, several=family not in SINGLE_TURN)
+    dataset = load_dataset(path, processor=processor)
+    lengths = dataset.lengths()
+    budget = int(lengths["tokens"].max())
+    for packed in (False, True) if spec.packable else (False,):
+        bounds = Bounds(tokens=budget, packed=packed, share=packed)
+        items = items_of(lengths)
+        collator = PackedCollator(processor) if packed else MultimodalCollator(processor)
+        batches = cut(items, count_micro_batches(items, bounds, CostModel()), bounds, CostModel())
+        assert sorted(place for batch in batches for place in batch) == list(range(len(dataset)))
+        for batch in batches:
+            assert collator([dataset[place] for place in batch])["input_ids"].numel() <= budget
