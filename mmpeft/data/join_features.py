@@ -1,13 +1,13 @@
 """Kept features of samples in a batch, and how samples without them stand beside samples with them.
 
-A sample of a data set with a feature cache has a `features_key`; where the cache holds it, `features` take the place of
-its pixels and sounds, whose shapes `features_shapes` tells:
+A sample of a data set with a feature cache has a `features_key` (and `features_rest`, a `KeptExpansion`). Where the
+cache holds it, `features` take the place of its pixels and sounds, whose shapes `features_shapes` tells:
 
     sample            features_key  features             features_shapes               pixel_values   image_grid_thw
     kept              "ab12"        {name: tensor}       {"pixel_values": (s, dtype)}       -               yes
     not yet           "cd34"        -                    -                                yes               yes
 
-    batch["features"]         one of each sample with media, in order: {"key", "tensors", "media"}
+    batch["features"]         one of each sample with media, in order: {"key", "tensors", "media", "rest"}
     batch["features_shapes"]  what the batch would hold of pixels and sounds: {"pixel_values": (shape, dtype)}
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-KEYS = frozenset({"features_key", "features", "features_shapes"})
+KEYS = frozenset({"features_key", "features", "features_shapes", "features_rest"})
 """Keys of a sample that are about its kept features."""
 
 HEAVY = frozenset({"pixel_values", "pixel_values_videos", "input_features", "pixel_attention_mask"})
@@ -44,7 +44,7 @@ def join_features(samples: Sequence[Mapping[str, Any]], media: frozenset[str]) -
 
     Returns:
         `features`: of each sample with media `key` ("" if it is not to be kept), `tensors` (None if they have to be
-        computed) and `media`, what they are computed from ({} if they are there). {} if no sample has media.
+        computed), `media`, what they are computed from ({} if they are there), and `rest`. {} if no sample has media.
     """
     carriers, shapes = [], []
     for sample in samples:
@@ -53,7 +53,12 @@ def join_features(samples: Sequence[Mapping[str, Any]], media: frozenset[str]) -
         if not own and kept is None:
             continue
         carriers.append(
-            {"key": sample.get("features_key", ""), "tensors": kept, "media": {} if kept is not None else own}
+            {
+                "key": sample.get("features_key", ""),
+                "tensors": kept,
+                "media": {} if kept is not None else own,
+                "rest": sample.get("features_rest"),
+            }
         )
         heavy = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in own.items() if key in HEAVY}
         shapes.append(heavy | dict(sample.get("features_shapes", {})))
