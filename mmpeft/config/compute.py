@@ -18,4 +18,4 @@ class ComputeConfig(Block):
     where they would hold more than 2^26 numbers."""
     checkpointing: Switch = "auto"
     """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work; `auto`: off
-    unless the stage's `trainer` block has `gradient_checkpointing`."""
+    unless the stage's `trainer` block has `activation_checkpointing`."""

@@ -125,6 +125,8 @@ def training_arguments(
         "dataloader_pin_memory": device != "cpu",
         "dataloader_persistent_workers": recipe.data.workers > 0,
         "run_name": f"{recipe.output.name}-{stage.name}",
+        # False would take the place of its old name, gradient_checkpointing, in a `trainer` block.
+        **({"activation_checkpointing": True} if recipe.compute.checkpointing is True else {}),
     }
     owned: dict[str, Any] = {
         "output_dir": str(output),

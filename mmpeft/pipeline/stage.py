@@ -44,6 +44,7 @@ from mmpeft.pipeline.arguments import (
     plan_batch,
     training_arguments,
 )
+from mmpeft.pipeline.compute import compute_speedups, plan_compute, supervised_only
 from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cut
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
@@ -187,6 +188,7 @@ def run_stage(
                 padded=trainer.tokens_padded,
             ),
             *cut_speedups(recipe, trainer),
+            *compute_speedups(recipe, trainer),
         )
     ]
     if main:
@@ -213,18 +215,19 @@ def _trainer(
     costs = cost_model(prepared.model, prepared.plan)
     cut = plan_cut(recipe, datasets[0], args, batch=batch, packs=packs, costs=costs, steps=steps)
     args = make_arguments(batch=cut_batch(batch, cut))
+    supervised = supervised_only(recipe, prepared.model, args)
     trainer = MultimodalTrainer(
         model=prepared.model,
         args=args,
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
-        data_collator=PackedCollator(prepared.processor, share=recipe.batch.share_media)
+        data_collator=PackedCollator(prepared.processor, share=recipe.batch.share_media, supervised_only=supervised)
         if packs
-        # Label smoothing reads the logits of every position.
-        else MultimodalCollator(prepared.processor, supervised_only=False if args.label_smoothing_factor else None),
+        else MultimodalCollator(prepared.processor, supervised_only=supervised),
         learning_rates=learning_rates(stage),
         share_media=packs and recipe.batch.share_media and args.train_sampling_strategy in ("random", "sequential"),
         cut=cut,
+        compute=plan_compute(recipe, prepared.model),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,6 +1,5 @@
 """`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
 
-import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +18,12 @@ from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
 from mmpeft.core.types import IGNORE_INDEX, Part
 from mmpeft.data.balancing import Cut, CutFigures
-from mmpeft.data.packing import PackedCollator
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.models.positions import with_positions
-from mmpeft.models.tree_attention import check_attention, tree_attention_on
+from mmpeft.models.tree_attention import check_attention
+from mmpeft.training.computing import Compute, Computing
+from mmpeft.training.features import FeatureCache, fed
 from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
@@ -44,6 +44,8 @@ class MultimodalTrainer(Trainer):
         share_media: bring samples on the same media together, for a `PackedCollator` to share what they begin with;
             the data set needs `media_key(index)`, as `MultimodalDataset` has.
         cut: how steps are cut into micro-batches by cost; default: in their order. `args` accumulate as many.
+        features: what a data set with a feature cache needs.
+        compute: how forwards are computed; default: as does best.
         *args, **kwargs: those of `transformers.Trainer`.
 
     Raises:
@@ -57,13 +59,20 @@ class MultimodalTrainer(Trainer):
         learning_rates: Mapping[Part, float] | None = None,
         share_media: bool = False,
         cut: Cut | None = None,
+        features: FeatureCache | None = None,
+        compute: Compute | None = None,
         **kwargs: Any,
     ) -> None:
         self.learning_rates, self.share_media, self.cut = learning_rates, share_media, cut
+        self.features = features
         self.cut_figures: CutFigures | None = None
+        self.computing = Computing(self, compute or Compute())
         self.skips: SkipWatch | None = None
         self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
+        if features is not None:
+            # They are no argument of the model's forward.
+            self.args.remove_unused_columns = False
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
@@ -155,18 +164,15 @@ class MultimodalTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, on a packed row with the positions that the family gives it."""
+        """The Trainer's own, on a packed row with the positions that the family gives it, and on kept features."""
         check_attention(self.model, inputs)
-        return super().compute_loss(model, with_positions(self.model, inputs), *args, **kwargs)
+        with fed(self.features, self.model, with_positions(self.model, inputs), self.accelerator.autocast) as batch:
+            return super().compute_loss(model, batch, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own; of packed rows, with the attention that they need."""
-        with self._attention():
+        """The Trainer's own, with what the collator's batches need."""
+        with self.computing.on():
             return super().evaluation_loop(*args, **kwargs)
-
-    def _attention(self) -> contextlib.AbstractContextManager[None]:
-        packs = isinstance(self.data_collator, PackedCollator)
-        return tree_attention_on(self.model) if packs else contextlib.nullcontext()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with speed and memory since the last time and the learning rate of each part."""
@@ -188,12 +194,15 @@ class MultimodalTrainer(Trainer):
         self._window_start = time.perf_counter()
         model: Any = self.model
         self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
-        hook = model.register_forward_hook(reach_what_trains)
-        try:
-            with self._attention():
+        with self.computing.on():
+            # Behind the hook that gives outputs their loss.
+            hook = model.register_forward_hook(reach_what_trains)
+            try:
                 result = super().train(*args, **kwargs)
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
+                if self.features is not None:
+                    self.features.close()
         self.samples_trained, self.tokens_trained, self.tokens_computed, self.tokens_padded = self._count()
         return result
 

@@ -1,0 +1,58 @@
+"""How a Trainer's forwards are computed: what is put on its model while it trains or evaluates, and taken off again."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mmpeft.data.packing import PackedCollator
+from mmpeft.models.head_loss import HeadFigures, head_loss_on
+from mmpeft.models.tree_attention import tree_attention_on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What does not change a result.
+
+    Attributes:
+        chunked_loss: whether logits and loss are computed a chunk of positions at a time; None: where they are many.
+    """
+
+    chunked_loss: bool | None = None
+
+
+class Computing:
+    """Puts it on the model of a Trainer, once however deep evaluation lies in training.
+
+    Attributes:
+        head: what the language-model head was spared while training; None before.
+    """
+
+    def __init__(self, trainer: Any, compute: Compute) -> None:
+        self.trainer, self.compute = trainer, compute
+        self.head: HeadFigures | None = None
+        self._on = False
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """While it lasts, the model takes the batches of the Trainer's collator."""
+        if self._on:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            model = self.trainer.model
+            if isinstance(self.trainer.data_collator, PackedCollator):
+                stack.enter_context(tree_attention_on(model))
+            if hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
+                self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
+            self._on = True
+            try:
+                yield
+            finally:
+                self._on = False
+
+    def _chunked(self) -> bool | None:
+        trainer = self.trainer
+        # Metrics read logits; weights that are spread over processes are whole inside the model's forward only.
+        whole = trainer.compute_metrics is not None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        return False if whole else self.compute.chunked_loss

@@ -1,0 +1,87 @@
+"""Runs with each switch of the `compute` block: the same losses, and what each spared in the records."""
+
+import pytest
+
+import mmpeft
+from mmpeft import Recipe
+from mmpeft.core.errors import RecipeError
+from mmpeft.core.files import read_json
+from mmpeft.pipeline.compute import plan_compute
+from mmpeft.training.callbacks import read_metrics
+from tests.families.qwen import QWEN
+from tests.models.test_tree_attention import llava_around
+from tests.project import TWO_STAGES, write_data, write_project
+from tests.tiny import tiny_processor
+
+
+def run(folder, **compute):
+    path = write_project(folder, stages=[{**TWO_STAGES[1], "max_steps": 3}], compute=compute)
+    mmpeft.run(Recipe.from_yaml(path))
+    stage = next((folder / "run" / "stages").iterdir())
+    figures = read_json(stage / "stage.json")["figures"]
+    speedups = {each["name"]: each for each in figures["speedups"] if each["name"].startswith("compute.")}
+    return [row["loss"] for row in read_metrics(stage / "metrics.jsonl")], speedups
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    off = {"supervised_only": False, "chunked_loss": False, "checkpointing": False}
+    return run(tmp_path_factory.mktemp("plain"), **off)
+
+
+def test_everything_off_says_so(plain):
+    losses, speedups = plain
+    assert len(losses) == 3
+    assert not any(each["on"] or each["saved"] for each in speedups.values())
+    assert speedups["compute.chunked_loss"]["why"] == "compute.chunked_loss is false"
+    assert speedups["compute.supervised_only"]["why"] == "compute.supervised_only is false"
+
+
+@pytest.mark.parametrize(
+    ("switches", "on", "saved"),
+    [
+        ({}, "compute.supervised_only", "logits"),
+        ({"chunked_loss": True}, "compute.chunked_loss", None),
+        ({"checkpointing": True}, "compute.checkpointing", None),
+    ],
+)
+def test_each_switch_gives_the_losses_of_none(tmp_path, plain, switches, on, saved):
+    losses, speedups = run(tmp_path, **switches)
+    assert losses == pytest.approx(plain[0], rel=1e-5)
+    assert speedups[on]["on"]
+    assert saved is None or speedups[on]["saved"][saved] > 100
+
+
+def test_a_family_whose_forward_computes_every_logit_is_spared_them_too(tmp_path):
+    model, processor = QWEN["qwen2_5_omni"]()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    write_data(tmp_path / "data")
+    losses = []
+    for supervised in (False, True):
+        path = write_project(
+            tmp_path,
+            model=str(tmp_path / "base"),
+            stages=[{**TWO_STAGES[1], "max_steps": 2}],
+            compute={"supervised_only": supervised},
+            output=str(tmp_path / str(supervised)),
+        )
+        mmpeft.run(Recipe.from_yaml(path))
+        stage = next((tmp_path / str(supervised) / "stages").iterdir())
+        losses.append([row["loss"] for row in read_metrics(stage / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
+    assert named["compute.supervised_only"]["saved"]["logits"] > 100
+
+
+def test_chunks_are_refused_by_name_where_nobody_has_looked_at_the_logits(tmp_path):
+    model = llava_around("llama", tiny_processor())
+    path = write_project(tmp_path, compute={"chunked_loss": True})
+    assert plan_compute(Recipe.from_yaml(path), model).chunked_loss is True
+
+    class Other(type(model)):
+        pass
+
+    model.__class__ = Other
+    with pytest.raises(RecipeError, match=r"compute.chunked_loss: what Other does to its logits was not tested"):
+        plan_compute(Recipe.from_yaml(path), model)
