@@ -1,27 +1,44 @@
-"""The workload of benchmarks/train_speed.py by ms-swift: python swift_worker.py WORKLOAD.json"""
+"""A workload of benchmarks/training_speed.py by ms-swift: swift_worker.py WORKLOAD.json"""
 
 import json
 import sys
 from pathlib import Path
 
 from steps import watch
+from swift import sft_main
+from swift.trainers import Seq2SeqTrainer  # noqa: F401, swift imports it late, and start-up is not to be measured
 
+TYPES = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 watch(work["result"])
-
-from swift import sft_main  # noqa: E402
-
+folder = Path(work["data"])
+samples = [
+    {
+        "messages": [
+            {"role": "user", "content": "<image>" * len(row["images"]) + row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ],
+        **({"images": [str(folder / name) for name in row["images"]]} if row["images"] else {}),
+    }
+    for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+]
+data = Path(work["output"] + ".json")
+data.write_text(json.dumps(samples), encoding="utf-8")
+kind = TYPES[work["kind"]]
+# LLaVA's template has no system text; Qwen2.5-VL's has its usual one.
+system = ("--system", "") if work["kind"] == "llava" else ()
 sft_main(
     [
-        *("--model", work["model"], "--model_type", "llava1_5_hf", "--template", "llava1_5_hf", "--use_hf", "true"),
-        *("--dataset", work["swift_data"], "--dataset_shuffle", "false", "--train_dataloader_shuffle", "false"),
+        *("--model", work["model"], "--model_type", kind, "--template", kind, "--use_hf", "true", *system),
+        *("--dataset", str(data), "--dataset_shuffle", "false", "--train_dataloader_shuffle", "false"),
         *("--adapters", work["adapter"], "--tuner_type", "lora", "--freeze_aligner", "false"),
         *("--torch_dtype", work["dtype"], "--bf16", "true" if work["dtype"] == "bfloat16" else "false"),
         *("--per_device_train_batch_size", str(work["batch"]), "--gradient_accumulation_steps", "1"),
-        *("--max_steps", str(work["steps"]), "--learning_rate", str(work["learning_rate"])),
+        *("--num_train_epochs", str(work["epochs"]), "--learning_rate", str(work["learning_rate"])),
         *("--lr_scheduler_type", "constant", "--weight_decay", "0", "--max_grad_norm", "0", "--warmup_ratio", "0"),
         *("--gradient_checkpointing", "false", "--attn_impl", "sdpa", "--split_dataset_ratio", "0"),
-        *("--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true", "--dataloader_num_workers", "0"),
-        *("--output_dir", work["output"], "--report_to", "none", "--system", ""),
+        *("--logging_steps", "1", "--save_strategy", "no", "--dataloader_num_workers", "0"),
+        *("--use_cpu", "true" if work["device"] == "cpu" else "false"),
+        *("--output_dir", work["output"], "--report_to", "none"),
     ]
 )

@@ -1,0 +1,183 @@
+"""Training speed at equal maths: mmpeft against TRL, and against ms-swift where it is given, in alternation.
+
+    python benchmarks/training_speed.py [--case NAME|--all] [--rounds 2] [--minutes 8] [--trl PYTHON] [--swift PYTHON]
+
+A LLaVA of the shape of SmolLM2-135M with a CLIP ViT-B/16 tower, and a Qwen2.5-VL of like size (random weights, real
+processors), train on the same samples in the same order, from the same adapter, at the same learning rate. Cases are in
+benchmarks/workload/cases.py. mmpeft runs a recipe, with everything at its default that the comparison does not fix; the
+peers run their own best settings that are exact (benchmarks/peers). Every program has a process of its own in each
+round, and they take turns. The clock starts with the model loaded and nothing read, an empty cache included, and stops
+behind the last step; where a case has several epochs, mmpeft also runs one alone, and a peer's first epoch is held
+against it. Losses are compared step for step: above 1e-3 of each other in float32, or 2e-2 in bfloat16, the run ends
+and nothing is written. Useful FLOP are defined in benchmarks/workload/flops.py; the matrix product is measured in each
+round. Peak memory is that of the process, or of the GPU's allocator.
+
+`--device cuda --size 0.5b|3b|7b` does the same on a GPU in bfloat16, with absolute samples/s and FLOP/s.
+Writes benchmarks/results/training_speed.json and .md; the figure to trust is the ratio.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from workload.cases import CASES, QUICK, Case
+from workload.programs import Missing, Prepared, Program, matmul_rate, prepare, run_program
+from workload.shapes import SIZES
+from workload.table import OURS, case_rows, check_losses, markdown
+
+from mmpeft.pipeline.facts import hardware, versions
+
+RESULTS = Path(__file__).parent / "results" / "training_speed.json"
+ONE_EPOCH = "mmpeft, one epoch"
+
+
+class Rounds:
+    """What the rounds of one case have found so far."""
+
+    def __init__(self, prepared: Prepared, programs: list[Program]) -> None:
+        self.prepared, self.programs = prepared, programs
+        self.found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.rates: list[float] = []
+        self.left_out: dict[str, str] = {}
+        self.seconds = 0.0
+
+    def add(self, *, backwards: bool) -> None:
+        """One more round: every program once, in turn."""
+        begin, case = time.perf_counter(), self.prepared.case
+        turns = [(program.name, program, case.epochs) for program in self.programs]
+        if case.epochs > 1:
+            turns.append((ONE_EPOCH, self.programs[0], 1))
+        for name, program, epochs in reversed(turns) if backwards else turns:
+            if name in self.left_out:
+                continue
+            try:
+                result = run_program(program, self.prepared, epochs=epochs)
+            except Missing as error:
+                self.left_out[name] = str(error)
+                _say(f"  {name}: {error}")
+                continue
+            self.found[name].append(result)
+            speed = case.samples * epochs / result["seconds"]
+            _say(f"  {name}: {result['seconds']:.1f} s, {speed:.3g} samples/s, {result['peak_bytes'] / 2**30:.2f} GiB")
+        for name, results in self.found.items():
+            steps = len(results[-1]["losses"])
+            check_losses(case, name, self.found[OURS][-1]["losses"][:steps], results[-1]["losses"])
+        tokens = self.found[OURS][-1]["figures"]["tokens_computed"] // case.steps
+        self.rates.append(matmul_rate(self.prepared, max(tokens, 64)))
+        self.seconds = time.perf_counter() - begin
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of all epochs, and where a case has several also of one alone."""
+        case, size = self.prepared.case, self.prepared.size
+        whole = {program.name: self.found[program.name] for program in self.programs if program.name in self.found}
+        rows = case_rows(case, size, epochs=case.epochs, found=whole, rates=self.rates)
+        if case.epochs > 1:
+            once = {**whole, OURS: self.found[ONE_EPOCH]}
+            rows += case_rows(case, size, epochs=1, found=once, rates=self.rates)
+        return rows
+
+
+def measure(options: argparse.Namespace, cases: list[Case], programs: list[Program]) -> dict[str, Any]:
+    """All rounds of all cases; after the first, only rounds that still fit in `options.minutes`."""
+    end = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = []
+        for case in cases:
+            prepared = prepare(case, size=options.size, device=options.device, folder=Path(temporary))
+            runs.append(Rounds(prepared, programs))
+        for number in range(options.rounds):
+            for run in runs:
+                if number and time.monotonic() + run.seconds > end:
+                    continue
+                _say(f"{run.prepared.case.name}, round {number + 1}")
+                run.add(backwards=bool(number % 2))
+        left_out = {f"{run.prepared.case.name}, {name}": why for run in runs for name, why in run.left_out.items()}
+        return {"rows": [row for run in runs for row in run.rows()], "left_out": left_out}
+
+
+def _programs(options: argparse.Namespace) -> list[Program]:
+    programs = [Program(name=OURS, worker="mmpeft", python=sys.executable)]
+    trl = options.trl or (sys.executable if importlib.util.find_spec("trl") else None)
+    if options.plain:
+        programs.append(Program(name="transformers", worker="plain", python=sys.executable))
+    if trl and (options.trl or not options.tiny):
+        programs.append(Program(name="trl", worker="trl", python=trl))
+    elif not options.tiny:
+        _say("TRL is left out: it is not installed here; `pip install -e '.[bench]'`, or give --trl PYTHON")
+    if options.swift:
+        programs.append(Program(name="ms-swift", worker="swift", python=options.swift))
+    return programs
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    names = options.case or (list(CASES) if options.all else list(QUICK))
+    cases = [CASES[name] for name in names]
+    if options.device == "cuda":
+        # Enough work that a step is not all launches: a GPU is fast, and its clock has to settle.
+        cases = [
+            dataclasses.replace(case, samples=16 * case.samples, batch=4 * case.batch)
+            for case in cases
+            if case.dtype == "bfloat16"
+        ]
+    if options.tiny:
+        cases = [dataclasses.replace(case, epochs=min(case.epochs, 2)) for case in cases]
+    return cases
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="may be given several times")
+    parser.add_argument("--all", action="store_true", help="every case")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=8, help="a further round begins only if it fits")
+    parser.add_argument(
+        "--trl", type=os.path.abspath, metavar="PYTHON", help="of an environment with TRL; default: this one"
+    )
+    parser.add_argument("--swift", type=os.path.abspath, metavar="PYTHON", help="of an environment with ms-swift")
+    parser.add_argument("--plain", action="store_true", help="also transformers' own Trainer")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=SIZES, help="default: 135m on CPU, 0.5b on a GPU")
+    parser.add_argument("--tiny", action="store_true", help="a smoke test: tiny models, against transformers' Trainer")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file; the table goes beside it")
+    options = parser.parse_args()
+    options.size = options.size or ("tiny" if options.tiny else "0.5b" if options.device == "cuda" else "135m")
+    options.plain = options.plain or options.tiny
+    return options
+
+
+def main() -> None:
+    """Measure, compare, write, print."""
+    options = _options()
+    programs = _programs(options)
+    found = measure(options, _cases(options), programs)
+    where = hardware(torch.device(options.device))
+    facts = {
+        "command": "make bench-peers" if options.swift else "python benchmarks/training_speed.py",
+        "hardware": where,
+        "versions": versions(),
+        "size": options.size,
+        **found,
+    }
+    page = markdown(found["rows"], facts)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    options.results.with_suffix(".md").write_text(page, encoding="utf-8")
+    sys.stdout.write(page)
+
+
+if __name__ == "__main__":
+    main()
