@@ -50,8 +50,15 @@ def speedup(figures, name):
     return next(one for one in figures["speedups"] if one["name"] == name)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("family", "packing"),
+    [
+        ("llava", True),
+        ("llava", False),
+        pytest.param("qwen2_5_vl", True, marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_budget_of_tokens_follows_the_losses_of_plain_micro_batches(tmp_path, packing, family):
     base = None
     if family == "qwen2_5_vl":
@@ -107,8 +114,15 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", [2, 5], ids=["first epoch", "second epoch"])
-@pytest.mark.parametrize("then", ["batch.tokens=400", "batch.tokens=300"], ids=["the same budget", "a smaller one"])
+@pytest.mark.parametrize(
+    ("step", "then"),
+    [
+        (2, "batch.tokens=300"),
+        pytest.param(2, "batch.tokens=400", marks=pytest.mark.slow),
+        pytest.param(5, "batch.tokens=300", marks=pytest.mark.slow),
+        pytest.param(5, "batch.tokens=400", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_in_the_middle_of_an_epoch_also_under_another_budget(tmp_path, monkeypatch, step, then):
     stages = [{**STAGES[0], "trainer": {"save_steps": 1}}]
     want, _ = run(write(tmp_path / "whole", stages=stages, tokens=400))
