@@ -19,3 +19,5 @@ class ComputeConfig(Block):
     checkpointing: Switch = "auto"
     """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work; `auto`: off
     unless the stage's `trainer` block has `activation_checkpointing`."""
+    spare_casts: bool = True
+    """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""

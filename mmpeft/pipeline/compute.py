@@ -25,7 +25,7 @@ def plan_compute(recipe: Recipe, model: Any) -> Compute:
     obstacle = unchunkable(model)
     if switch is True and obstacle:
         raise RecipeError(f"compute.chunked_loss: {obstacle}; leave it out")
-    return Compute(chunked_loss=None if switch == "auto" else switch)
+    return Compute(chunked_loss=None if switch == "auto" else switch, spare_casts=recipe.compute.spare_casts)
 
 
 def supervised_only(recipe: Recipe, model: Any, args: TrainingArguments) -> bool | None:
@@ -42,6 +42,7 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer) -> list[Speedup
     return [
         _supervised(recipe, trainer, head),
         _chunked(recipe, trainer, head),
+        _casts(recipe, trainer),
         Speedup(
             name="compute.checkpointing",
             on=bool(trainer.args.activation_checkpointing),
@@ -76,4 +77,14 @@ def _chunked(recipe: Recipe, trainer: MultimodalTrainer, head: HeadFigures) -> S
         or ("the head's weights are spread over processes" if spread else None)
         or f"the most logits of a forward are {head.entries:,}, and {AUTO_ENTRIES:,} fit"
     )
+    return Speedup(name=name, on=False, why=why)
+
+
+def _casts(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
+    name, layers = "compute.spare_casts", trainer.computing.uncast
+    if layers:
+        saved = {"casts a forward": float(2 * layers)}
+        return Speedup(name=name, on=True, why="LoRA takes its inputs in half precision as they are", saved=saved)
+    asked = recipe.compute.spare_casts
+    why = "no LoRA runs in half precision by autocast" if asked else "compute.spare_casts is false"
     return Speedup(name=name, on=False, why=why)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmpeft.data.packing import PackedCollator
 from mmpeft.models.head_loss import HeadFigures, head_loss_on
+from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import tree_attention_on
 
 
@@ -16,9 +17,11 @@ class Compute:
 
     Attributes:
         chunked_loss: whether logits and loss are computed a chunk of positions at a time; None: where they are many.
+        spare_casts: give LoRA its inputs as they are where autocast is on.
     """
 
     chunked_loss: bool | None = None
+    spare_casts: bool = True
 
 
 class Computing:
@@ -26,11 +29,13 @@ class Computing:
 
     Attributes:
         head: what the language-model head was spared while training; None before.
+        uncast: layers whose inputs were not cast to and fro.
     """
 
     def __init__(self, trainer: Any, compute: Compute) -> None:
         self.trainer, self.compute = trainer, compute
         self.head: HeadFigures | None = None
+        self.uncast = 0
         self._on = False
 
     @contextlib.contextmanager
@@ -45,6 +50,8 @@ class Computing:
                 stack.enter_context(tree_attention_on(model))
             if hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
                 self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
+            if self.compute.spare_casts and self.trainer.accelerator.native_amp:
+                self.uncast = stack.enter_context(casts_spared(model))
             self._on = True
             try:
                 yield

@@ -25,7 +25,7 @@ def run(folder, **compute):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    off = {"supervised_only": False, "chunked_loss": False, "checkpointing": False}
+    off = {"supervised_only": False, "chunked_loss": False, "checkpointing": False, "spare_casts": False}
     return run(tmp_path_factory.mktemp("plain"), **off)
 
 
@@ -72,6 +72,24 @@ def test_a_family_whose_forward_computes_every_logit_is_spared_them_too(tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
     assert named["compute.supervised_only"]["saved"]["logits"] > 100
+
+
+def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
+    found = []
+    for spared in (False, True):
+        path = write_project(
+            tmp_path,
+            stages=[{**TWO_STAGES[1], "max_steps": 3}],
+            dtype="bfloat16",
+            compute={"spare_casts": spared},
+            output=str(tmp_path / str(spared)),
+        )
+        mmpeft.run(Recipe.from_yaml(path))
+        stage = next((tmp_path / str(spared) / "stages").iterdir())
+        found.append([row["loss"] for row in read_metrics(stage / "metrics.jsonl")])
+        named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
+        assert named["compute.spare_casts"]["on"] is spared
+    assert found[0] == found[1]
 
 
 def test_chunks_are_refused_by_name_where_nobody_has_looked_at_the_logits(tmp_path):
