@@ -112,6 +112,11 @@ class Varied:
     notes: tuple[str, ...] = ()
 
 
+def varies_media(settings: Augmentation | None) -> bool:
+    """Whether any medium is varied; else texts are at most."""
+    return settings is not None and any((settings.crop, settings.colour, settings.flip))
+
+
 def augment(sample: Sample, media: Media, settings: Augmentation, *, seed: int, epoch: int) -> tuple[Sample, Media]:
     """A sample and its media as epoch `epoch` (from 0) has them.
 

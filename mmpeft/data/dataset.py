@@ -18,6 +18,7 @@ from mmpeft.data.arrow import cached_rows, row_of
 from mmpeft.data.augment import Augmentation, AugmentSettings
 from mmpeft.data.box_text import box_convention, spelt_out, without_marks
 from mmpeft.data.encode import Encoded
+from mmpeft.data.feature_store import FeatureStore
 from mmpeft.data.formats import source_root
 from mmpeft.data.load_media import MediaLimits
 from mmpeft.data.mixture import MixedDataset, Source, naming_source, sources_of
@@ -105,6 +106,18 @@ class MultimodalDataset(Dataset[Encoded]):
         """
         self._prepare.augment_with(settings, seed=seed)
         self._lengths = None
+
+    def keep_features(self, store: FeatureStore | None, identity: str = "") -> None:
+        """Take what `store` keeps of samples' media from now on, in the place of pixels and sounds.
+
+        Samples then hold `features` where they are kept, else `features_key` beside what they always hold (see
+        `mmpeft.data.join_features`). Those whose pixels augmentation varies stay as they are.
+
+        Args:
+            store: where they are kept; None to take pixels and sounds again.
+            identity: of the weights that make the features (`FeaturePlan.identity`).
+        """
+        self._prepare.keep_features(store, identity)
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.

@@ -7,12 +7,12 @@ labels                         -      - - - -   -   - - - -  .      (where the a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from mmpeft.core.errors import DataError
-from mmpeft.core.types import IGNORE_INDEX, Modality
+from mmpeft.core.types import IGNORE_INDEX, MODALITIES, Modality
 from mmpeft.data.box_text import with_boxes
 from mmpeft.data.chat import control_tokens
 from mmpeft.data.expand import Encoded, Expansion, expand
@@ -30,7 +30,15 @@ from mmpeft.data.labels import (
 from mmpeft.data.types import Media, Sample, Turn
 from mmpeft.families.registry import family_of_processor
 
-__all__ = ["Encoded", "cut_before_media", "encode_prompt", "encode_sample"]
+__all__ = [
+    "DecodedMedia",
+    "Encoded",
+    "MediaSource",
+    "cut_before_media",
+    "encode_prompt",
+    "encode_sample",
+    "encode_turns",
+]
 
 
 def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int | None = None) -> Encoded:
@@ -54,16 +62,63 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
         ModelError: the processor does not say what takes a medium's place.
     """
     turns = with_boxes(processor, sample.turns, sample.boxes, [image.size for image in media.images])
+    return encode_turns(processor, turns, DecodedMedia(processor, media), max_length)[0]
+
+
+class MediaSource(Protocol):
+    """Where the media of a conversation come from: decoded, or kept from before."""
+
+    @property
+    def counts(self) -> Mapping[Modality, int]:
+        """How many there are of each kind."""
+
+    def expansion(self, conversation: Conversation, kept: int | None) -> Expansion:
+        """What the processor makes of the conversation's media, of the first `kept` alone if that is not None."""
+
+
+class DecodedMedia:
+    """Media that the processor is run over.
+
+    Attributes:
+        used: what it made of those that `expansion` was asked for last.
+    """
+
+    def __init__(self, processor: Any, media: Media) -> None:
+        self.processor, self.media = processor, media
+        self.used: Expansion | None = None
+
+    @property
+    def counts(self) -> Mapping[Modality, int]:
+        """How many media there are of each kind."""
+        return {"image": len(self.media.images), "video": len(self.media.videos), "audio": len(self.media.audios)}
+
+    def expansion(self, conversation: Conversation, kept: int | None) -> Expansion:
+        """See `MediaSource`; errors as `expand`."""
+        if kept is None or self.used is None:
+            self.used = expand(self.processor, conversation.text, self.media)
+        else:
+            self.used = _of_the_first(self.processor, conversation, self.media, self.used, kept)
+        return self.used
+
+
+def encode_turns(
+    processor: Any, turns: Sequence[Turn], media: MediaSource, max_length: int | None = None
+) -> tuple[Encoded, int]:
+    """As `encode_sample`, of turns whose boxes are written, with media from anywhere.
+
+    Returns:
+        The tensors, and how many media are left after the cut.
+    """
     conversation = conversation_of(processor, turns)
-    count_media(processor, conversation, _counts(media))
-    expansion = expand(processor, conversation.text, media)
+    count_media(processor, conversation, media.counts)
+    expansion = media.expansion(conversation, None)
     tokens = label_conversation(processor, expanded(conversation, expansion.replacements), answers_of(turns))
     cut = cut_before_media(tokens, max_length, control_tokens(processor).ids)
     kept = sum(end <= cut for _, end in tokens.media)
     if kept < len(tokens.media):
-        expansion = _of_the_first(processor, conversation, media, expansion, kept)
+        expansion = media.expansion(conversation, kept)
     encoded = {"input_ids": torch.tensor(tokens.input_ids[:cut]), "labels": torch.tensor(tokens.labels[:cut])}
-    return encoded | token_types(processor, encoded) | expansion.tensors
+    return encoded | token_types(processor, encoded) | expansion.tensors, kept
 
 
 def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media, *, thinking: bool = False) -> Encoded:
@@ -79,8 +134,9 @@ def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media, *, thinki
         DataError: a text that holds a control token, or turns that the chat template refuses.
     """
     prompt = prompt_of(processor, turns, thinking=thinking)
-    count_media(processor, prompt, _counts(media))
-    expansion = expand(processor, prompt.text, media)
+    decoded = DecodedMedia(processor, media)
+    count_media(processor, prompt, decoded.counts)
+    expansion = decoded.expansion(prompt, None)
     ids = prompt_tokens(processor, expanded(prompt, expansion.replacements))
     encoded = {"input_ids": torch.tensor(ids)}
     return encoded | token_types(processor, encoded) | expansion.tensors
@@ -115,17 +171,13 @@ def _blocks(tokens: LabelledTokens, special: frozenset[int]) -> Iterator[tuple[i
         before = end
 
 
-def _counts(media: Media) -> Mapping[Modality, int]:
-    return {"image": len(media.images), "video": len(media.videos), "audio": len(media.audios)}
-
-
 def _of_the_first(processor: Any, conversation: Conversation, media: Media, whole: Expansion, count: int) -> Expansion:
     """The tensors of the first `count` media alone."""
     marks = [conversation.text[start:end] for start, end in conversation.media[:count]]
     if not marks:
         return Expansion(replacements=(), tensors={})
     found: Mapping[Modality, int] = {
-        modality: sum(kind == modality for kind in whole.modalities[:count]) for modality in _counts(media)
+        modality: sum(kind == modality for kind in whole.modalities[:count]) for modality in MODALITIES
     }
     kept = Media(
         images=media.images[: found["image"]],

@@ -91,17 +91,21 @@ class FeatureStore:
         """The entry of `key`; None if there is none that can be used."""
         path = self._path(key)
         try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                raise ValueError("it is no regular file")
-            entry, digest, said = _load(path)
+            entry = _read(path, key)
+            if entry is None:
+                # safetensors opens a file twice; another process may have put its own in its place between.
+                entry = _read(path, key)
         except FileNotFoundError:
             self._count("misses")
             return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._broken(path, str(error) or type(error).__name__)
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if path.is_file():
+                self._broken(path, str(error) or type(error).__name__)
+            else:  # another process has removed it since it was opened
+                self._count("misses")
             return None
-        if _digest(key, entry) != digest:
-            self._broken(path, "its content is not what was written" if said == key else "it is of another key")
+        if entry is None:
+            self._broken(path, "its content is not what was written under this key")
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -113,14 +117,16 @@ class FeatureStore:
         return self._path(key).is_file()
 
     def write(self, key: str, entry: Entry) -> bool:
-        """Keep an entry; a failure turns the store off, with a warning, and is no error.
+        """Keep an entry, unless it is there; a failure turns the store off, with a warning, and is no error.
 
         Returns:
-            Whether it was taken in.
+            Whether it is there now.
         """
         if self.off is not None:
             return False
-        size = sum(tensor.numel() * tensor.element_size() for tensor in entry.tensors.values())
+        if self.has(key):
+            return True
+        size = _most_bytes(entry)
         path = self._path(key)
         temporary = path.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
@@ -227,6 +233,12 @@ def _named(entry: Entry) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _most_bytes(entry: Entry) -> int:
+    """Bytes that an entry takes on disk, a little more rather than less."""
+    named = _named(entry).values()
+    return sum(tensor.nbytes for tensor in named) + 2 * len(_described(entry.expansion)) + 200 * (len(named) + 1)
+
+
 def _digest(key: str, entry: Entry) -> str:
     """Of all that an entry holds."""
     digest = hashlib.blake2b(f"{key}\n{_described(entry.expansion)}".encode(), digest_size=16)
@@ -237,13 +249,15 @@ def _digest(key: str, entry: Entry) -> str:
 
 
 def _save(path: Path, key: str, entry: Entry) -> None:
-    facts = {"key": key, "expansion": _described(entry.expansion), "digest": _digest(key, entry)}
+    facts = {"expansion": _described(entry.expansion), "digest": _digest(key, entry)}
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     save_file({name: tensor.clone() for name, tensor in _named(entry).items()}, path, metadata=facts)
 
 
-def _load(path: Path) -> tuple[Entry, str, str]:
-    """An entry, the digest that it was written with, and its key."""
+def _read(path: Path, key: str) -> Entry | None:
+    """An entry; None if it is not what was written under this key."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no regular file")
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -255,4 +269,5 @@ def _load(path: Path) -> tuple[Entry, str, str]:
         shapes={name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in shapes.items()},
     )
     features = {n.removeprefix(_FEATURE): t for n, t in tensors.items() if n.startswith(_FEATURE)}
-    return Entry(tensors=features, expansion=expansion), facts["digest"], facts["key"]
+    entry = Entry(tensors=features, expansion=expansion)
+    return entry if _digest(key, entry) == facts["digest"] else None

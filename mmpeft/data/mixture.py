@@ -19,6 +19,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.core.hashing import hash_value
 from mmpeft.data.augment import AugmentSettings
 from mmpeft.data.encode import Encoded
+from mmpeft.data.feature_store import FeatureStore
 from mmpeft.data.sample_lengths import Lengths
 from mmpeft.data.types import Sample, SkippedSample
 
@@ -103,6 +104,9 @@ class Samples(Protocol):
 
     def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
         """Vary samples from epoch to epoch."""
+
+    def keep_features(self, store: FeatureStore | None, identity: str = "") -> None:
+        """Take what is kept of samples' media."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +197,11 @@ class MixedDataset(Dataset[Encoded]):
         """Vary the samples of all sources each time that they come up, also within an epoch."""
         for part in self.parts:
             part.dataset.augment_with(settings, seed=seed)
+
+    def keep_features(self, store: FeatureStore | None, identity: str = "") -> None:
+        """Take what `store` keeps of the media of all sources; see `MultimodalDataset.keep_features`."""
+        for part in self.parts:
+            part.dataset.keep_features(store, identity)
 
     def place(self, index: int) -> tuple[int, int]:
         """Where sample `index` of this epoch comes from: which part, and which sample of it."""

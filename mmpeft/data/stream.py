@@ -26,6 +26,7 @@ from mmpeft.core.hashing import hash_value
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.augment import Augmentation, AugmentSettings
 from mmpeft.data.encode import Encoded
+from mmpeft.data.feature_store import FeatureStore
 from mmpeft.data.formats import Row, fingerprint, read_rows, row_parser
 from mmpeft.data.lines import LineAt, line_places, read_line
 from mmpeft.data.mixture import naming_source
@@ -121,6 +122,10 @@ class StreamingDataset(IterableDataset[Encoded]):
     def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
         """Vary samples from epoch to epoch; see `MultimodalDataset.augment_with`."""
         self._prepare.augment_with(settings, seed=seed)
+
+    def keep_features(self, store: FeatureStore | None, identity: str = "") -> None:
+        """Take what `store` keeps of samples' media; see `MultimodalDataset.keep_features`."""
+        self._prepare.keep_features(store, identity)
 
     def set_epoch(self, epoch: int) -> None:
         """Take rows in the order of epoch `epoch` (from 0) in plain loaders; `MultimodalTrainer` counts by itself."""

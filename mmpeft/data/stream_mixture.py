@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from mmpeft.data.augment import AugmentSettings
 from mmpeft.data.encode import Encoded
+from mmpeft.data.feature_store import FeatureStore
 from mmpeft.data.mixture import Source, naming_source, samples_an_epoch
 from mmpeft.data.stream import Place, StreamingDataset, Taken, take_from
 
@@ -78,6 +79,11 @@ class StreamedMixture(IterableDataset[Encoded]):
         """Vary the samples of all sources each time that they come up; see `MultimodalDataset.augment_with`."""
         for part in self.parts:
             part.dataset.augment_with(settings, seed=seed)
+
+    def keep_features(self, store: FeatureStore | None, identity: str = "") -> None:
+        """Take what `store` keeps of the media of all sources; see `MultimodalDataset.keep_features`."""
+        for part in self.parts:
+            part.dataset.keep_features(store, identity)
 
     def __iter__(self) -> Iterator[Encoded]:
         """All samples of the epoch; in a loader's worker those that are its own."""

@@ -1,0 +1,138 @@
+"""Under which key the features of a sample's media are kept: a hash of all that they depend on.
+
+    the bytes of each medium, and their order
+    how much of them is decoded (`MediaLimits`), and by which libraries
+    the processor's settings: sizes, crops, tiles, tokens in a medium's place
+    the weights of the towers (`FeaturePlan.identity`)
+
+A key belongs to all media of a sample together, for processors cut several pictures into other tiles than one.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from mmpeft.core.hashing import hash_value
+from mmpeft.core.types import Modality
+from mmpeft.data.load_media import MediaLimits
+from mmpeft.data.roots import resolve_inside
+from mmpeft.data.types import PLACEHOLDERS, WORDS, Sample
+
+FORMAT = 1
+"""Raised when entries that were written before can no longer be used."""
+
+_DECODERS = ("pillow", "av", "soundfile", "soxr", "numpy")
+_WORKERS = ("image_processor", "video_processor", "feature_extractor")
+_SIMPLE = (str, int, float, bool, list, tuple, type(None))
+_CHUNK = 1 << 20
+
+Named = tuple[Modality, str]
+"""A medium of a sample: its kind, and its name in the data file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureKeys:
+    """Makes keys for the samples of one data file.
+
+    Attributes:
+        root: the folder that media names are relative to.
+        settings: hash of everything but the media themselves.
+    """
+
+    root: Path
+    settings: str
+
+    def of(self, media: Sequence[Named]) -> str:
+        """The key of these media, in this order.
+
+        Raises:
+            DataError: a medium is missing or lies outside the root.
+        """
+        digest = hashlib.blake2b(self.settings.encode(), digest_size=20)
+        for modality, name in media:
+            digest.update(f"{modality}:".encode() + _digest_of(name, self.root, WORDS[modality]))
+        return digest.hexdigest()
+
+
+def feature_keys(processor: Any, *, root: Path, limits: MediaLimits, identity: str) -> FeatureKeys:
+    """Keys for samples that this processor encodes.
+
+    Args:
+        identity: of the weights that make the features.
+    """
+    said = [FORMAT, identity, processor_settings(processor), asdict(limits), _libraries()]
+    return FeatureKeys(root=root, settings=hash_value(said))
+
+
+def processor_settings(processor: Any) -> dict[str, Any]:
+    """What of a processor decides what it makes of media: all but the tokenizer and the chat template."""
+    own = {name: value for name, value in sorted(vars(processor).items()) if isinstance(value, _SIMPLE)}
+    own.pop("chat_template", None)
+    workers = {name: getattr(processor, name, None) for name in _WORKERS}
+    return {
+        "class": type(processor).__name__,
+        "own": own,
+        **{
+            name: [type(worker).__name__, json.loads(json.dumps(worker.to_dict(), default=str))]
+            for name, worker in workers.items()
+            if worker is not None
+        },
+    }
+
+
+def media_in_order(sample: Sample) -> list[Named]:
+    """A sample's media as their placeholders stand in its text."""
+    names = {modality: iter(found) for modality, found in sample.media.items()}
+    marks = {mark: modality for modality, mark in PLACEHOLDERS.items()}
+    found = []
+    for turn in sample.turns:
+        places = sorted((start, modality) for mark, modality in marks.items() for start in _starts(turn.text, mark))
+        found += [(modality, str(next(names[modality]))) for _, modality in places]
+    return found
+
+
+def _starts(text: str, mark: str) -> list[int]:
+    starts, start = [], text.find(mark)
+    while start >= 0:
+        starts.append(start)
+        start = text.find(mark, start + len(mark))
+    return starts
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    versions = {"transformers": transformers.__version__}
+    for name in _DECODERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _digest_of(name: str, root: Path, kind: str) -> bytes:
+    file = resolve_inside(name, root=root, kind=kind)
+    if isinstance(file, Path):
+        facts = file.stat()
+        return _digest_of_file(file, facts.st_size, facts.st_mtime_ns)
+    digest = hashlib.blake2b(digest_size=20)
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.digest()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _digest_of_file(path: Path, size: int, modified: int) -> bytes:
+    """Of a file's bytes, read again only if its size or date have changed."""
+    digest = hashlib.blake2b(digest_size=20)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.digest()
