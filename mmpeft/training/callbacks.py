@@ -21,7 +21,8 @@ class MetricsFile(TrainerCallback):
     """Appends one JSON object a logged step to metrics.jsonl.
 
         {"step": 10, "epoch": 0.1, "loss": 0.7, "grad_norm": 1.2, "learning_rate": {"projector": 0.001},
-         "samples_per_second": 11.2, "tokens_per_second": 390.0, "memory_bytes": 2100000000, "elapsed_seconds": 14.3}
+         "samples_per_second": 11.2, "tokens_per_second": 390.0, "memory_bytes": 2100000000,
+         "data_wait_seconds": 0.02, "data_waits": 1, "elapsed_seconds": 14.3}
 
     Where the Trainer evaluates (`eval_strategy`), its held-out loss has a line of its own:
 
@@ -70,6 +71,8 @@ class MetricsFile(TrainerCallback):
             "samples_per_second": logs.get("samples_per_second"),
             "tokens_per_second": logs.get("tokens_per_second"),
             "memory_bytes": logs.get("memory_bytes"),
+            "data_wait_seconds": logs.get("data_wait_seconds"),
+            "data_waits": logs.get("data_waits"),
             "elapsed_seconds": elapsed,
         }
         self._append(row)

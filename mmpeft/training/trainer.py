@@ -28,6 +28,7 @@ from mmpeft.training.loaders import from_worker, global_loader, stream_loader, s
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
 from mmpeft.training.skips import SkipWatch
+from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
 
 
@@ -68,6 +69,7 @@ class MultimodalTrainer(Trainer):
         self.cut_figures: CutFigures | None = None
         self.computing = Computing(self, compute or Compute())
         self.skips: SkipWatch | None = None
+        self.waits = DataWaits()
         self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
         if features is not None:
@@ -140,7 +142,9 @@ class MultimodalTrainer(Trainer):
         Raises:
             DataError: a sample cannot be used, or too many of a stream were left out.
         """
-        batches = self.skips.unpack(epoch_iterator) if self.skips is not None else epoch_iterator
+        batches = self.waits.watch(epoch_iterator)
+        if self.skips is not None:
+            batches = self.skips.unpack(batches)
         try:
             found = super().get_batch_samples(batches, num_batches, device)
         except DataError as error:
@@ -183,6 +187,7 @@ class MultimodalTrainer(Trainer):
             logs["samples_per_second"] = (samples - self._window_samples) / seconds
             logs["tokens_per_second"] = (tokens - self._window_tokens) / seconds
             logs["memory_bytes"] = peak_memory_bytes(self.args.device.type)
+            logs |= self.waits.window(self.accelerator)
             self._window_start, self._window_samples, self._window_tokens = now, samples, tokens
             if self.learning_rates is not None and self.optimizer is not None:
                 rates = rates_now(self.optimizer.param_groups, logs["learning_rate"])
