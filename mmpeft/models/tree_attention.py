@@ -1,14 +1,18 @@
 """Attention over a row of several samples, some of which share their beginning: exact, and without a square mask.
 
 Every segment sees itself up to each token, and all of the segment that it stands on. It runs segment by segment through
-`scaled_dot_product_attention`, so that what is computed is what the samples need and nothing is masked out.
+`scaled_dot_product_attention` (those of one length beside each other together), so that what is computed is what the
+samples need.
 
 `tree_attention_on` sets it up through transformers' own registries; a forward without `tree` runs as under "sdpa".
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -19,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmpeft.core.errors import ModelError
 from mmpeft.core.tree import Segment, Tree
+from mmpeft.models.slots import Seen
 
 NAME = "mmpeft_tree"
 
@@ -59,6 +64,7 @@ def tree_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     tree: Tree | None = None,
+    seen: Seen | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers' `AttentionInterface`.
@@ -66,46 +72,119 @@ def tree_attention(
     Args:
         query: [1, heads, tokens, channels]; key, value: the same with as many heads or fewer.
         tree: the row's samples; None for a batch as any other.
+        seen: of a step of many answers (`mmpeft.models.slots`), what each one's token sees; query: [answers, heads, 1,
+            channels].
 
     Returns:
         [1, tokens, heads, channels], and None for the weights.
     """
+    if seen is not None:
+        attention_mask = seen.mask(sliding_window, query.device)
     if tree is None:
         # A layer with a sliding window gets it from its mask here, as under "sdpa".
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    grouped = query.shape[1] != key.shape[1]
+    runs = _runs(tree)
+    lengths = [run.count * run.length for run in runs]
+    # One split, and so one gradient of the whole row, however many samples stand in it.
+    parts = zip(runs, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    before: dict[tuple[int, int] | None, tuple[torch.Tensor, torch.Tensor]] = {}
     pieces = []
-    for segment in tree.segments:
-        own = slice(segment.start, segment.end)
-        if segment.parent is None:
-            keys, values = key[:, :, own], value[:, :, own]
-        else:
-            before = slice(*segment.parent)
-            keys = torch.cat((key[:, :, before], key[:, :, own]), dim=2)
-            values = torch.cat((value[:, :, before], value[:, :, own]), dim=2)
-        mask = _mask(segment, sliding_window, query.device)
-        pieces.append(
-            scaled_dot_product_attention(
-                query[:, :, own], keys, values, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
+    for run, queries, keys, values in parts:
+        keys, values = _stacked(keys, run), _stacked(values, run)
+        if run.count == 1 and run.parent is None:
+            before[run.bounds] = keys, values
+        if run.parent is not None:
+            keys, values = (
+                torch.cat((shared.expand(run.count, -1, -1, -1), own), dim=2)
+                for shared, own in zip(before[run.parent], (keys, values), strict=True)
             )
+        mask = _mask(tree, run, sliding_window, query)
+        found = scaled_dot_product_attention(
+            _stacked(queries, run),
+            keys,
+            values,
+            mask,
+            dropout,
+            mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+        pieces.append(found.transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces)[None], None
 
 
-def _mask(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[own tokens, tokens seen], True where seen; None where plain causal attention is the same."""
-    own = segment.end - segment.start
-    before = segment.parent[1] - segment.parent[0] if segment.parent else 0
-    narrow = window is not None and before + own > window
-    if not (before or narrow or segment.blocks):
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Segments one behind the other that are of one length and continue the same segment: one call for all of them.
+
+    Attributes:
+        bounds: tokens [start, end) of its first segment.
+        count: how many they are; one where tokens see each other both ways (`blocks`).
+    """
+
+    bounds: tuple[int, int]
+    count: int
+    parent: tuple[int, int] | None
+    blocks: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return self.bounds[1] - self.bounds[0]
+
+
+def _runs(tree: Tree) -> list[_Run]:
+    parents = {segment.parent for segment in tree.segments}
+    runs = []
+    for _, alike in groupby(tree.segments, key=lambda segment: _shape(segment, parents)):
+        segments = list(alike)
+        first = segments[0]
+        bounds = first.start, first.end
+        runs.append(_Run(bounds=bounds, count=len(segments), parent=first.parent, blocks=first.blocks))
+    return runs
+
+
+def _shape(segment: Segment, parents: Set[tuple[int, int] | None]) -> tuple[Any, ...]:
+    bounds = segment.start, segment.end
+    alone = bounds if segment.blocks or bounds in parents else None
+    return segment.end - segment.start, segment.parent, alone
+
+
+def _stacked(row: torch.Tensor, run: _Run) -> torch.Tensor:
+    """[1, heads, tokens of the run, channels] as [segments, heads, tokens, channels]; a view."""
+    return row if run.count == 1 else row[0].unflatten(1, (run.count, run.length)).transpose(0, 1)
+
+
+_MASKS: WeakKeyDictionary[Tree, dict[Any, torch.Tensor]] = WeakKeyDictionary()
+"""Masks of the rows at hand, for their layers to share; they go with the row."""
+
+
+def _mask(tree: Tree, run: _Run, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
+    """[own tokens, tokens seen], 0 where seen, else minus infinity; None where plain causal attention is the same.
+
+    In numbers rather than truths: the kernels would turn these into numbers in every layer.
+    """
+    before = run.parent[1] - run.parent[0] if run.parent else 0
+    narrow = window if window is not None and before + run.length > window else None
+    if not (before or narrow or run.blocks):
         return None
-    seen = torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
-    if narrow and window is not None:
+    masks = _MASKS.setdefault(tree, {})
+    key = run.length, before, narrow, run.blocks, query.dtype, query.device
+    if key not in masks:
+        # What evaluation makes under inference_mode could not be used in training.
+        with torch.inference_mode(False):
+            seen = _seen(run, before, narrow, query.device)
+            masks[key] = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    return masks[key]
+
+
+def _seen(run: _Run, before: int, window: int | None, device: torch.device) -> torch.Tensor:
+    seen = torch.ones(run.length, before + run.length, dtype=torch.bool, device=device).tril(before)
+    if window is not None:
         seen = seen.triu(before - window + 1)
-    for start, end in segment.blocks:
-        rows = slice(start - segment.start, end - segment.start)
+    for start, end in run.blocks:
+        rows = slice(start - run.bounds[0], end - run.bounds[0])
         seen[rows, before + rows.start : before + rows.stop] = True
     return seen
 
