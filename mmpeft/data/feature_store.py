@@ -7,6 +7,7 @@ hash of all its content is compared. What is broken, or stands under another's n
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -14,7 +15,6 @@ import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmpeft.core.types import Modality
+from mmpeft.data.store_room import SUFFIX, Room
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
-STALE_SECONDS = 3600
-"""Age of a temporary file whose writer must be gone."""
-
 _KEY = re.compile(r"[0-9a-f]{32,128}")
 _FEATURE, _SMALL = "feature:", "small:"
-_COUNTED = ("hits", "misses", "written", "broken", "evicted", "refused")
+_COUNTED = ("hits", "misses", "written", "broken", "refused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +80,7 @@ class FeatureStore:
         self.directory = directory / "features"
         self.limit_bytes = limit_bytes
         self.off: str | None = None
-        self._began = time.time()
-        self._bytes: int | None = None
+        self._room = Room(self.directory, limit_bytes)
         self._swept = False
         self._counts = torch.zeros(len(_COUNTED), dtype=torch.int64).share_memory_()
 
@@ -114,7 +111,8 @@ class FeatureStore:
 
     def has(self, key: str) -> bool:
         """Whether there is an entry of `key`, unread."""
-        return self._path(key).is_file()
+        path = self._path(key)
+        return path.is_file() and not path.parent.is_symlink()
 
     def write(self, key: str, entry: Entry) -> bool:
         """Keep an entry, unless it is there; a failure turns the store off, with a warning, and is no error.
@@ -130,10 +128,13 @@ class FeatureStore:
         path = self._path(key)
         temporary = path.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
-            if not self._room(size):
+            if not self._swept:
+                self._swept = True
+                self._room.sweep()
+            if not self._room.make(size):
                 self._count("refused")
                 return False
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._make_folder(path.parent)
             _save(temporary, key, entry)
             written = temporary.stat().st_size
             temporary.replace(path)
@@ -143,19 +144,26 @@ class FeatureStore:
             self.off = f"{self.directory} cannot be written ({error})"
             logger.warning("the feature cache is off from here on: %s", self.off)
             return False
-        self._bytes = (self._bytes or 0) + written
+        self._room.add(written)
         self._count("written")
         return True
 
     def figures(self) -> dict[str, int]:
         """How often entries were found, missing, written, broken, evicted or refused, and their bytes on disk."""
         counts = dict(zip(_COUNTED, self._counts.tolist(), strict=True))
-        return {**counts, "bytes": sum(size for _, size, _ in self._entries())}
+        return {**counts, "evicted": self._room.evicted, "bytes": self._room.bytes()}
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
             raise ValueError(f"feature key {key!r}; expected 32 to 128 hexadecimal digits")
-        return self.directory / key[:2] / f"{key}.safetensors"
+        return self.directory / key[:2] / f"{key}{SUFFIX}"
+
+    def _make_folder(self, folder: Path) -> None:
+        """The folder of an entry, for this user alone; a link is none, for it may lead elsewhere."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link", str(folder))
 
     def _count(self, name: str) -> None:
         self._counts[_COUNTED.index(name)] += 1
@@ -167,42 +175,6 @@ class FeatureStore:
         self._count("broken")
         self._count("misses")
 
-    def _entries(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of each entry."""
-        found = []
-        for folder in _listed(self.directory):
-            for item in _listed(folder):
-                with contextlib.suppress(OSError):
-                    facts = item.stat(follow_symlinks=False)
-                    if item.name.endswith(".safetensors"):
-                        found.append((facts.st_mtime, facts.st_size, Path(item.path)))
-        return found
-
-    def _room(self, size: int) -> bool:
-        """Whether `size` more bytes may be taken in, once what is old has gone."""
-        if self._bytes is None or self._bytes + size > self.limit_bytes:
-            self._sweep()
-            entries = sorted(self._entries())
-            self._bytes = sum(taken for _, taken, _ in entries)
-            for used, taken, path in entries:
-                if self._bytes + size <= self.limit_bytes or used >= self._began:
-                    break
-                path.unlink(missing_ok=True)
-                self._bytes -= taken
-                self._count("evicted")
-        return self._bytes + size <= self.limit_bytes
-
-    def _sweep(self) -> None:
-        """Remove what writers that were killed have left."""
-        if self._swept:
-            return
-        self._swept = True
-        for folder in _listed(self.directory):
-            for item in _listed(folder):
-                with contextlib.suppress(OSError):
-                    if item.name.endswith(".tmp") and item.stat().st_mtime < time.time() - STALE_SECONDS:
-                        os.unlink(item.path)
-
 
 def default_directory() -> Path:
     """Where caches are kept unless a recipe says otherwise."""
@@ -210,14 +182,6 @@ def default_directory() -> Path:
         return Path(given).expanduser()
     home = os.environ.get("HF_HOME")
     return Path(home).expanduser() / "mmpeft" if home else Path.home() / ".cache" / "mmpeft"
-
-
-def _listed(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as items:
-            return list(items)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _described(expansion: KeptExpansion) -> str:
@@ -256,6 +220,9 @@ def _save(path: Path, key: str, entry: Entry) -> None:
 
 def _read(path: Path, key: str) -> Entry | None:
     """An entry; None if it is not what was written under this key."""
+    if path.parent.is_symlink():
+        # What lies elsewhere is neither used nor removed.
+        raise FileNotFoundError(path)
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is no regular file")
     with safe_open(path, framework="pt") as file:
