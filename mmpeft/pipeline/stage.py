@@ -48,6 +48,7 @@ from mmpeft.pipeline.compute import compute_speedups, plan_compute, supervised_o
 from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cut
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
+from mmpeft.pipeline.features import feature_speedup, keep_features
 from mmpeft.pipeline.speedups import packing_speedups
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
@@ -156,6 +157,7 @@ def run_stage(
     interrupt = StopOnInterrupt(notify=console.print)
     display = ProgressDisplay(stage.name, console)
     trainer = _trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
+    kept = keep_features(recipe, stage, trainer, dataset)
     for callback in (MetricsFile(folder.metrics), display, interrupt):
         trainer.add_callback(callback)
     begin = time.perf_counter()
@@ -188,6 +190,7 @@ def run_stage(
                 padded=trainer.tokens_padded,
             ),
             *cut_speedups(recipe, trainer),
+            feature_speedup(trainer, kept),
             *compute_speedups(recipe, trainer),
         )
     ]

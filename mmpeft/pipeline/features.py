@@ -1,0 +1,121 @@
+"""A recipe's `data.cache.features` on a stage: whether features are kept, and what that spared."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mmpeft.config.recipe import Recipe, StageConfig
+from mmpeft.core.speed import Speedup
+from mmpeft.core.types import Part
+from mmpeft.data.feature_store import FeatureStore, default_directory
+from mmpeft.data.stream_mixture import Stream
+from mmpeft.models.features import FeaturePlan, Unplanned, plan_features
+from mmpeft.pipeline.data import TrainData
+from mmpeft.training.features import FeatureCache
+from mmpeft.training.trainer import MultimodalTrainer
+
+NAME = "data.cache.features"
+
+
+def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: TrainData) -> str:
+    """Let a stage's trainer and its data use a feature cache where that is exact and pays.
+
+    Args:
+        trainer: of the stage, before it trains.
+        dataset: what the stage trains on; one that kept features for the stage before no longer does, where this
+            stage cannot.
+
+    Returns:
+        Why it is on or off, in one sentence.
+    """
+    plan = stage_plan(recipe, stage, trainer.model)
+    directory = recipe.data.cache.directory or default_directory()
+    store = FeatureStore(directory, recipe.data.cache.limit_bytes)
+    obstacle = plan.reason if isinstance(plan, Unplanned) else _obstacle(recipe, trainer.args)
+    on, why = (False, obstacle) if obstacle else _pays(recipe, dataset, store)
+    if not on or isinstance(plan, Unplanned):
+        dataset.keep_features(None)
+        return why
+    dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
+    trainer.features = FeatureCache(plan, store)
+    # They are no argument of the model's forward.
+    trainer.args.remove_unused_columns = False
+    return why
+
+
+def stage_plan(recipe: Recipe, stage: StageConfig, model: Any) -> FeaturePlan | Unplanned:
+    """What of a stage's model can be kept; cut alike in all stages, so that one stage finds what another kept."""
+    train: dict[Part, Any] = dict(stage.train)
+    for other in recipe.stages:
+        if other.train.get("projector", "frozen") != "frozen" and _towers_frozen(other):
+            train["projector"] = other.train["projector"]
+    return plan_features(model, train)
+
+
+def feature_speedup(trainer: MultimodalTrainer, why: str) -> Speedup:
+    """What the cache spared a stage that has trained, in all processes; each has to ask.
+
+    Args:
+        why: what `keep_features` said.
+    """
+    cache = trainer.features
+    if cache is None:
+        return Speedup(name=NAME, on=False, why=why)
+    counts = torch.tensor([float(cache.hits), float(cache.misses)], device=trainer.args.device)
+    hits, misses = map(int, trainer.accelerator.reduce(counts, reduction="sum").tolist())
+    if cache.store.off is not None:
+        why = f"{why}; nothing more was kept, for {cache.store.off}"
+    return Speedup(
+        name=NAME,
+        on=True,
+        why=f"{why}; towers ran for {misses:,} of {hits + misses:,} samples with media",
+        saved={"tower_runs": hits},
+    )
+
+
+def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
+    augment = recipe.data.augment
+    if augment is not None and any((augment.crop, augment.colour, augment.flip)):
+        return "data.augment varies pictures from epoch to epoch"
+    if args.fsdp or args.deepspeed:
+        return "the model is spread over processes, and a tower cannot run there by itself"
+    return None
+
+
+def _pays(recipe: Recipe, dataset: TrainData, store: FeatureStore) -> tuple[bool, str]:
+    """Whether towers would run more often than there are media, and why that is so."""
+    switch = recipe.data.cache.features
+    if switch != "auto":
+        return switch, "it was asked for" if switch else f"{NAME} is false"
+    if isinstance(dataset, Stream):
+        return False, f"a stream does not say how often its media come again; {NAME}: true keeps them"
+    keys = [key for key in map(dataset.media_key, range(len(dataset))) if key]
+    if not keys:
+        return False, "no sample has media"
+    shown = _epochs(recipe, len(dataset)) * len(keys)
+    distinct = len(set(keys))
+    if shown > distinct:
+        return True, f"towers are frozen, and the stages show {distinct:,} different media {shown:,.0f} times"
+    if next(store.directory.glob("*/*.safetensors"), None) is not None:
+        return True, "towers are frozen, and features of earlier runs are there"
+    return False, f"no medium is shown twice; {NAME}: true keeps them for other runs"
+
+
+def _epochs(recipe: Recipe, samples: int) -> float:
+    """How often all stages with frozen towers show each sample together."""
+    stages = [stage for stage in recipe.stages if _towers_frozen(stage)]
+    size = recipe.batch.size
+    return sum(stage.max_steps * size / samples if stage.max_steps else stage.epochs for stage in stages)
+
+
+def _towers_frozen(stage: StageConfig) -> bool:
+    towers: tuple[Part, ...] = ("vision", "audio")
+    return all(stage.train.get(part, "frozen") == "frozen" for part in towers)
+
+
+def _autocast(args: TrainingArguments) -> torch.dtype | None:
+    """The format of a training step under autocast; None without."""
+    formats: Mapping[bool, torch.dtype] = {bool(args.fp16): torch.float16, bool(args.bf16): torch.bfloat16}
+    return formats.get(True)
