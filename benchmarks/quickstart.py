@@ -70,11 +70,12 @@ def main() -> None:
     """Measure, write, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
     rows = [measure(seed, options.runs / f"seed-{seed}-{os.getpid()}") for seed in options.seeds]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"runs": rows}, indent=2) + "\n", encoding="utf-8")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps({"runs": rows}, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(f"{table(rows)}\n\n{rows[0]['hardware']}\n")
     missed = [
         row["seed"] for row in rows if row["exact_match"]["after"] < ALL or min(row["by_kind"]["after"].values()) < KIND

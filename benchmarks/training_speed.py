@@ -115,6 +115,8 @@ def _programs(options: argparse.Namespace) -> list[Program]:
         _say("TRL is left out: it is not installed here; `pip install -e '.[bench]'`, or give --trl PYTHON")
     if options.swift:
         programs.append(Program(name="ms-swift", worker="swift", python=options.swift))
+    if options.llama_factory:
+        programs.append(Program(name="llama-factory", worker="llama_factory", python=options.llama_factory))
     return programs
 
 
@@ -148,6 +150,7 @@ def _options() -> argparse.Namespace:
         "--trl", type=os.path.abspath, metavar="PYTHON", help="of an environment with TRL; default: this one"
     )
     parser.add_argument("--swift", type=os.path.abspath, metavar="PYTHON", help="of an environment with ms-swift")
+    parser.add_argument("--llama-factory", type=os.path.abspath, metavar="PYTHON", help="of one with LLaMA-Factory")
     parser.add_argument("--plain", action="store_true", help="also transformers' own Trainer")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=SIZES, help="default: 135m on CPU, 0.5b on a GPU")

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import torch
+import transformers.trainer
 from transformers import TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
 
 STARTED = time.perf_counter()
 """When the libraries were imported, as good as."""
@@ -68,4 +68,5 @@ def _now():
 
 def watch(file, cold=None):
     """Let the Trainer of this process write what it did to `file`."""
-    DEFAULT_CALLBACKS.append(Watch(file, cold))
+    # Looked up here, for ms-swift puts another list in its place when it is imported.
+    transformers.trainer.DEFAULT_CALLBACKS.append(Watch(file, cold))

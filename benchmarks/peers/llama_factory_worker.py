@@ -1,0 +1,66 @@
+"""A workload of benchmarks/training_speed.py by LLaMA-Factory: llama_factory_worker.py WORKLOAD.json
+
+Qwen2.5-VL alone: its template for LLaVA 1.5 is not LLaVA's own (another system text), so the tokens would differ.
+Not run yet: 0.9.5 does not start beside a CPU build of torch (it imports torchaudio, whose build there is for CUDA).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from llamafactory.train.tuner import run_exp
+from steps import watch
+
+work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+if work["kind"] != "qwen":
+    raise ImportError("LLaMA-Factory has no template that writes this model's conversations as the others do")
+watch(work["result"])
+folder = Path(work["data"])
+samples = [
+    {
+        "messages": [
+            {"role": "user", "content": "<image>" * len(row["images"]) + row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ],
+        "images": [str(folder / name) for name in row["images"]],
+    }
+    for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+]
+own = Path(work["output"] + "-data")
+own.mkdir()
+(own / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+about = {
+    "file_name": "samples.json",
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages", "images": "images"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+}
+(own / "dataset_info.json").write_text(json.dumps({"samples": about}), encoding="utf-8")
+run_exp(
+    {
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "model_name_or_path": work["model"],
+        "adapter_name_or_path": work["adapter"],
+        "template": "qwen2_vl",
+        "dataset": "samples",
+        "dataset_dir": str(own),
+        "cutoff_len": 8192,
+        "disable_shuffling": True,
+        "output_dir": work["output"],
+        "per_device_train_batch_size": work["batch"],
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": work["epochs"],
+        "learning_rate": work["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": work["device"] == "cpu",
+        "bf16": work["dtype"] == "bfloat16",
+        "disable_gradient_checkpointing": True,
+    }
+)
