@@ -88,6 +88,8 @@ class EvaluateConfig(Block):
     batch_size: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)
     """Answer only this many questions, the first of the file."""
+    share_media: bool = True
+    """Run what questions on the same picture begin with once, where the answers are the same."""
 
 
 def _per_part(value: Any) -> str:

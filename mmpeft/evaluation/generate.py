@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError
+from mmpeft.core.speed import Speedup
 from mmpeft.core.types import Modality
 from mmpeft.data.chat import assistant_spans, control_tokens, render_chat
 from mmpeft.data.collate import TEXT_ALIGNED, join_media
@@ -20,6 +22,22 @@ from mmpeft.data.load_media import MediaLimits, load_media
 from mmpeft.data.media import check_image, load_image, to_rgb
 from mmpeft.data.roots import is_url, resolve_inside
 from mmpeft.data.types import PLACEHOLDERS, WORDS, Media, Question, Turn
+from mmpeft.evaluation.decode import Decoder, Work, obstacle, placed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers to questions.
+
+    Attributes:
+        texts: in the order of the questions, without white space around them.
+        sharing: whether questions on the same media ran these once, and the tokens of prompts that it spared.
+        work: what was computed.
+    """
+
+    texts: list[str]
+    sharing: Speedup
+    work: Work
 
 
 def answer_questions(
@@ -31,35 +49,87 @@ def answer_questions(
     limits: MediaLimits | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    share_media: bool = True,
     on_batch: Callable[[int], None] | None = None,
-) -> list[str]:
-    """The model's greedy answers, in the order of the questions, without white space around them.
+) -> Answers:
+    """The model's greedy answers.
 
-    Questions of like length share a batch, the longest first, so that memory runs out at once or not at all.
+    Questions on the same media run these, and whatever their prompts begin with, once; an answer that ends makes room
+    for the next question. The longest questions come first, so that memory runs out at once or not at all.
     The model is in eval mode meanwhile; afterwards each of its modules is in the mode it was in.
 
     Args:
         media_root: folder of the media.
         limits: how much of each medium is decoded; default: `MediaLimits()`.
         max_new_tokens: an answer's longest length in tokens; it also ends at the model's end-of-turn token.
-        batch_size: questions that go through the model at once.
-        on_batch: called after each batch with the number of questions in it.
+        batch_size: answers in the making at once.
+        share_media: False, or a model that has an obstacle to it, runs each prompt by itself in padded batches.
+        on_batch: called with the number of questions answered since the last call.
 
     Raises:
         DataError: a picture that cannot be read, or a prompt that holds a control token; names the question.
     """
     limits = limits or MediaLimits()
     lengths = [_length(processor, question, media_root) for question in questions]
-    order = sorted(range(len(questions)), key=lambda index: -lengths[index])
     answers = [""] * len(questions)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = [_encode_question(processor, questions[index], media_root, limits) for index in chosen]
-        for index, text in zip(chosen, _generate(model, processor, rows, max_new_tokens), strict=True):
-            answers[index] = text
+    ends = end_tokens(model, processor)
+
+    def encode(numbers: Sequence[int]) -> list[Encoded]:
+        return [_encode_question(processor, questions[number], media_root, limits) for number in numbers]
+
+    def finish(ended: list[tuple[int, list[int]]]) -> None:
+        for number, tokens in ended:
+            answers[number] = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         if on_batch is not None:
-            on_batch(len(chosen))
-    return answers
+            on_batch(len(ended))
+
+    why = obstacle(model) if share_media else "the recipe switches it off"
+    if why is None:
+        decoder = Decoder(
+            model,
+            processor,
+            groups=_on_the_same(questions, lengths),
+            encode=encode,
+            ends=ends,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            finish=finish,
+        )
+        with torch.no_grad(), _evaluating(model), _one_precision(model):
+            decoder.run()
+        work = decoder.work
+    else:
+        work = Work()
+        order = sorted(range(len(questions)), key=lambda index: -lengths[index])
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = encode(chosen)
+            tokens = len(rows) * max(len(row["input_ids"]) for row in rows)
+            work.prompts, work.padded = work.prompts + tokens, work.padded + tokens
+            for index, text in zip(chosen, _generate(model, processor, rows, max_new_tokens), strict=True):
+                answers[index] = text
+            if on_batch is not None:
+                on_batch(len(chosen))
+    return Answers(texts=answers, sharing=_sharing(why, work), work=work)
+
+
+def _sharing(why: str | None, work: Work) -> Speedup:
+    return Speedup(
+        name="evaluate.share_media",
+        on=why is None,
+        why=why or "questions on the same media run these once",
+        saved={} if why else work.spared,
+    )
+
+
+def _on_the_same(questions: Sequence[Question], lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of the questions, those on the same media together, the longest first; without media each alone."""
+    groups: dict[object, list[int]] = {}
+    for number in sorted(range(len(questions)), key=lambda number: -lengths[number]):
+        question = questions[number]
+        media = (question.images, question.videos, question.audios)
+        groups.setdefault(media if any(media) else number, []).append(number)
+    return list(groups.values())
 
 
 def answer(
@@ -219,16 +289,8 @@ def _generate(model: Any, processor: Any, rows: Sequence[Encoded], max_new_token
         use_cache=True,
     )
     with torch.no_grad(), _evaluating(model), _one_precision(model):
-        output = model.generate(**_placed(batch, model), generation_config=config)
+        output = model.generate(**placed(batch, model), generation_config=config)
     return [_text(tokenizer, row, ends) for row in output[:, ids.shape[1] :].tolist()]
-
-
-def _placed(batch: Encoded, model: Any) -> Encoded:
-    parameter = next(model.parameters())
-    return {
-        key: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-        for key, value in batch.items()
-    }
 
 
 def _text(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> str:

@@ -136,17 +136,22 @@ class Slots:
 
 
 class SlotLayer(CacheLayerMixin):
-    """The slots of one layer: keys and values [count, heads, columns, channels]."""
+    """The slots of one layer.
+
+    Attributes:
+        kept: keys and values, each [count, heads, columns, channels]; none before the first forward.
+    """
 
     is_sliding = False
 
     def __init__(self, slots: Slots) -> None:
         super().__init__()
         self.slots = slots
+        self.kept: list[torch.Tensor] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the slots, like these keys and values."""
-        self.keys, self.values = self._empty(key_states), self._empty(value_states)
+        self.kept = [self._empty(key_states), self._empty(value_states)]
         self.is_initialized = True
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
@@ -155,16 +160,13 @@ class SlotLayer(CacheLayerMixin):
 
     def grow(self) -> None:
         """As many columns as the slots have now."""
-        if self.is_initialized:
-            for name in ("keys", "values"):
-                before = getattr(self, name)
-                after = self._empty(before)
-                after[:, :, : before.shape[2]] = before
-                setattr(self, name, after)
+        for number, before in enumerate(self.kept):
+            self.kept[number] = self._empty(before)
+            self.kept[number][:, :, : before.shape[2]] = before
 
     def move(self, sources: Sequence[int], targets: Sequence[int], columns: int) -> None:
         """Copy slots, of so many columns, over others."""
-        for kept in (self.keys, self.values):
+        for kept in self.kept:
             kept[targets, :, :columns] = kept[sources, :, :columns]
 
     def update(
@@ -182,7 +184,7 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self.slots
-        pairs = ((self.keys, key_states), (self.values, value_states))
+        pairs = list(zip(self.kept, (key_states, value_states), strict=True))
         used = len(slots.lengths)
         if slots.index is not None:
             index = slots.index.to(key_states.device)
@@ -192,8 +194,8 @@ class SlotLayer(CacheLayerMixin):
         rows, places = slots.seen.places(key_states.device)
         for kept, states in pairs:
             kept[rows, :, places] = states[:, :, 0]
-        columns = slots.seen.columns
-        return self.keys[:used, :, :columns], self.values[:used, :, :columns]
+        keys, values = (kept[:used, :, : slots.seen.columns] for kept in self.kept)
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens of the longest slot."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -12,6 +13,7 @@ from mmpeft.core.errors import DataError
 from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.mixture import MixedDataset
 from mmpeft.data.stream_mixture import Stream
+from mmpeft.evaluation.decode import Work
 from mmpeft.evaluation.generate import answer_questions
 from mmpeft.evaluation.metrics import load_metric
 from mmpeft.evaluation.scores import score_answers
@@ -26,17 +28,20 @@ def evaluate_model(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     limit: int | None = None,
+    share_media: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Answer every question of a data set (greedy) and score the answers.
 
     Args:
         limit: only the first so many questions.
+        share_media: run what questions on the same media begin with once, where the answers are the same.
         on_batch: called with the number of questions answered since the last call.
 
     Returns:
-        `{"metrics": {name: value}, "by_kind": {kind: {...}}, "predictions": [...], "seconds": float}`; on
-        several processes each answers its share and all get the whole.
+        `{"metrics": {name: value}, "by_kind": {kind: {...}}, "predictions": [...], "seconds": float, "work": {...},
+        "speedups": [{...}]}`, where work counts tokens as `mmpeft.evaluation.decode.Work` says; on several processes
+        each answers its share and all get the whole.
 
     Raises:
         RecipeError: a metric that does not exist; before any question is asked.
@@ -62,13 +67,19 @@ def evaluate_model(
         limits=dataset.limits,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        share_media=share_media,
         on_batch=on_batch,
     )
-    pairs = list(zip(mine, answers, strict=True))
+    pairs, shares = list(zip(mine, answers.texts, strict=True)), [answers.work]
     if state.num_processes > 1:
-        pairs = gather_object(pairs)
+        pairs, shares = gather_object(pairs), gather_object(shares)
+    work = Work.total(shares)
     ordered = [text for _, text in sorted(pairs)]
-    return score_answers(questions, ordered, metrics) | {"seconds": time.perf_counter() - start}
+    return score_answers(questions, ordered, metrics) | {
+        "seconds": time.perf_counter() - start,
+        "work": asdict(work),
+        "speedups": [asdict(replace(answers.sharing, saved=work.spared if answers.sharing.on else {}))],
+    }
 
 
 def evaluate_with(

@@ -110,4 +110,6 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
 
 def evaluation_hash(recipe: Recipe, *, data: str, model: str) -> str:
     """Of one evaluation: `model` is the hash of the stage, or base model, that answers."""
-    return hash_value([recipe.evaluate.model_dump(mode="json"), recipe.data.max_pixels, data, model])
+    # Answers are the same with and without `share_media`.
+    wanted = recipe.evaluate.model_dump(mode="json", exclude={"share_media"})
+    return hash_value([wanted, recipe.data.max_pixels, data, model])

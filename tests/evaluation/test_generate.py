@@ -11,10 +11,14 @@ from mmpeft.core.errors import DataError
 from mmpeft.data.encode import encode_prompt
 from mmpeft.data.types import Media, Question, Turn
 from mmpeft.evaluation import generate
-from mmpeft.evaluation.generate import answer, answer_questions, end_tokens
+from mmpeft.evaluation.generate import answer, end_tokens
 from tests.tiny import IMAGE_TOKENS, tiny_llava, tiny_processor, tiny_tokenizer
 
 TEXTS = ["What?", "Which digit is written here?", "这是什么数字", "Odd or even", "Why, and since when, and by whom?"]
+
+
+def answer_questions(*args, **options):
+    return generate.answer_questions(*args, **options).texts
 
 
 def ask(text, *images):
@@ -237,7 +241,8 @@ def test_longest_questions_come_first(monkeypatch, llava, processor, questions, 
         return original(model, processor, rows, max_new_tokens)
 
     monkeypatch.setattr(generate, "_generate", look)
-    answer_questions(llava, processor, questions, media_root=tmp_path, max_new_tokens=1, batch_size=2)
+    options = {"media_root": tmp_path, "max_new_tokens": 1, "batch_size": 2}
+    answer_questions(llava, processor, questions, share_media=False, **options)
     flat = [size for group in sizes for size in group]
     assert flat == sorted(flat, reverse=True)
 
