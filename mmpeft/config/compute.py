@@ -21,3 +21,5 @@ class ComputeConfig(Block):
     unless the stage's `trainer` block has `activation_checkpointing`."""
     spare_casts: bool = True
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
+    spare_cache: bool = True
+    """Keep no keys and values for generation while training."""

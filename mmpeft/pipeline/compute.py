@@ -25,7 +25,11 @@ def plan_compute(recipe: Recipe, model: Any) -> Compute:
     obstacle = unchunkable(model)
     if switch is True and obstacle:
         raise RecipeError(f"compute.chunked_loss: {obstacle}; leave it out")
-    return Compute(chunked_loss=None if switch == "auto" else switch, spare_casts=recipe.compute.spare_casts)
+    return Compute(
+        chunked_loss=None if switch == "auto" else switch,
+        spare_casts=recipe.compute.spare_casts,
+        spare_cache=recipe.compute.spare_cache,
+    )
 
 
 def supervised_only(recipe: Recipe, model: Any, args: TrainingArguments) -> bool | None:
@@ -43,6 +47,7 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer) -> list[Speedup
         _supervised(recipe, trainer, head),
         _chunked(recipe, trainer, head),
         _casts(recipe, trainer),
+        _cache(recipe, trainer),
         Speedup(
             name="compute.checkpointing",
             on=bool(trainer.args.activation_checkpointing),
@@ -87,4 +92,13 @@ def _casts(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
         return Speedup(name=name, on=True, why="LoRA takes its inputs in half precision as they are", saved=saved)
     asked = recipe.compute.spare_casts
     why = "no LoRA runs in half precision by autocast" if asked else "compute.spare_casts is false"
+    return Speedup(name=name, on=False, why=why)
+
+
+def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
+    name = "compute.spare_cache"
+    if trainer.computing.spares_cache():
+        return Speedup(name=name, on=True, why="training reads no keys and values of earlier forwards")
+    asked = recipe.compute.spare_cache
+    why = "models of this type were not tested with it" if asked else "compute.spare_cache is false"
     return Speedup(name=name, on=False, why=why)

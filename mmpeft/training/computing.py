@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmpeft.data.packing import PackedCollator
-from mmpeft.models.head_loss import HeadFigures, head_loss_on
+from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import tree_attention_on
 
@@ -18,10 +18,12 @@ class Compute:
     Attributes:
         chunked_loss: whether logits and loss are computed a chunk of positions at a time; None: where they are many.
         spare_casts: give LoRA its inputs as they are where autocast is on.
+        spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
     """
 
     chunked_loss: bool | None = None
     spare_casts: bool = True
+    spare_cache: bool = True
 
 
 class Computing:
@@ -46,6 +48,9 @@ class Computing:
             return
         with contextlib.ExitStack() as stack:
             model = self.trainer.model
+            if self.spares_cache():
+                # Before the hook that takes the labels, by which it tells training from generation.
+                stack.callback(model.register_forward_pre_hook(_without_cache, with_kwargs=True).remove)
             if isinstance(self.trainer.data_collator, PackedCollator):
                 stack.enter_context(tree_attention_on(model))
             if hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
@@ -58,8 +63,17 @@ class Computing:
             finally:
                 self._on = False
 
+    def spares_cache(self) -> bool:
+        """Whether keys and values are let go."""
+        return self.compute.spare_cache and unchunkable(self.trainer.model) is None
+
     def _chunked(self) -> bool | None:
         trainer = self.trainer
         # Metrics read logits; weights that are spread over processes are whole inside the model's forward only.
         whole = trainer.compute_metrics is not None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         return False if whole else self.compute.chunked_loss
+
+
+def _without_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A forward without labels may be one of generation.
+    return (args, {"use_cache": False, **kwargs}) if kwargs.get("labels") is not None else None

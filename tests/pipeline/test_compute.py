@@ -25,7 +25,7 @@ def run(folder, **compute):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    off = {"supervised_only": False, "chunked_loss": False, "checkpointing": False, "spare_casts": False}
+    off = {"supervised_only": False, "chunked_loss": False, "checkpointing": False, "spare_casts": False, "spare_cache": False}
     return run(tmp_path_factory.mktemp("plain"), **off)
 
 
