@@ -133,10 +133,16 @@ def encode_prompt(processor: Any, turns: Sequence[Turn], media: Media, *, thinki
     Raises:
         DataError: a text that holds a control token, or turns that the chat template refuses.
     """
+    return encode_prompt_turns(processor, turns, DecodedMedia(processor, media), thinking=thinking)
+
+
+def encode_prompt_turns(
+    processor: Any, turns: Sequence[Turn], media: MediaSource, *, thinking: bool = False
+) -> Encoded:
+    """As `encode_prompt`, with media from anywhere."""
     prompt = prompt_of(processor, turns, thinking=thinking)
-    decoded = DecodedMedia(processor, media)
-    count_media(processor, prompt, decoded.counts)
-    expansion = decoded.expansion(prompt, None)
+    count_media(processor, prompt, media.counts)
+    expansion = media.expansion(prompt, None)
     ids = prompt_tokens(processor, expanded(prompt, expansion.replacements))
     encoded = {"input_ids": torch.tensor(ids)}
     return encoded | token_types(processor, encoded) | expansion.tensors

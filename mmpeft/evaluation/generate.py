@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from mmpeft.core.speed import Speedup
 from mmpeft.core.types import Modality
 from mmpeft.data.chat import assistant_spans, control_tokens, render_chat
 from mmpeft.data.collate import TEXT_ALIGNED, join_media
-from mmpeft.data.encode import Encoded, encode_prompt
+from mmpeft.data.encode import Encoded, encode_prompt, encode_prompt_turns
 from mmpeft.data.expand import picture_length
 from mmpeft.data.load_media import MediaLimits, load_media
 from mmpeft.data.media import check_image, load_image, to_rgb
 from mmpeft.data.roots import is_url, resolve_inside
 from mmpeft.data.types import PLACEHOLDERS, WORDS, Media, Question, Turn
 from mmpeft.evaluation.decode import Decoder, Work, obstacle, placed
+from mmpeft.evaluation.shared_media import SharedMedia
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,9 @@ def answer_questions(
     ends = end_tokens(model, processor)
 
     def encode(numbers: Sequence[int]) -> list[Encoded]:
-        return [_encode_question(processor, questions[number], media_root, limits) for number in numbers]
+        # Those on the same media stand together.
+        groups = groupby((questions[number] for number in numbers), key=_media_of)
+        return [row for _, group in groups for row in _encode_questions(processor, list(group), media_root, limits)]
 
     def finish(ended: list[tuple[int, list[int]]]) -> None:
         for number, tokens in ended:
@@ -126,10 +130,13 @@ def _on_the_same(questions: Sequence[Question], lengths: Sequence[int]) -> list[
     """Numbers of the questions, those on the same media together, the longest first; without media each alone."""
     groups: dict[object, list[int]] = {}
     for number in sorted(range(len(questions)), key=lambda number: -lengths[number]):
-        question = questions[number]
-        media = (question.images, question.videos, question.audios)
+        media = _media_of(questions[number])
         groups.setdefault(media if any(media) else number, []).append(number)
     return list(groups.values())
+
+
+def _media_of(question: Question) -> tuple[tuple[str, ...], ...]:
+    return question.images, question.videos, question.audios
 
 
 def answer(
@@ -218,11 +225,19 @@ def _length(processor: Any, question: Question, media_root: Path) -> int:
     return len(processor.tokenizer(text, verbose=False)["input_ids"]) + pictures + others
 
 
-def _encode_question(processor: Any, question: Question, media_root: Path, limits: MediaLimits) -> Encoded:
-    with _naming(question):
-        media = load_media(question, root=media_root, limits=limits)
-        # A question whose reference reasons is asked for reasoning, as its sample in training is.
-        return encode_prompt(processor, question.prompt, media, thinking="</think>" in question.reference)
+def _encode_questions(
+    processor: Any, questions: Sequence[Question], media_root: Path, limits: MediaLimits
+) -> list[Encoded]:
+    """Prompts of questions on the same media, which are read and processed once."""
+    with _naming(questions[0]):
+        media = SharedMedia(processor, load_media(questions[0], root=media_root, limits=limits))
+    rows = []
+    for question in questions:
+        with _naming(question):
+            # A question whose reference reasons is asked for reasoning, as its sample in training is.
+            thinking = "</think>" in question.reference
+            rows.append(encode_prompt_turns(processor, question.prompt, media, thinking=thinking))
+    return rows
 
 
 @contextlib.contextmanager

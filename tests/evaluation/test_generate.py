@@ -8,10 +8,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError
-from mmpeft.data.encode import encode_prompt
+from mmpeft.data.encode import encode_prompt, encode_prompt_turns
 from mmpeft.data.types import Media, Question, Turn
 from mmpeft.evaluation import generate
 from mmpeft.evaluation.generate import answer, end_tokens
+from mmpeft.evaluation.shared_media import SharedMedia
+from tests.families.models import MODELS
+from tests.families.samples import film, picture
 from tests.tiny import IMAGE_TOKENS, tiny_llava, tiny_processor, tiny_tokenizer
 
 TEXTS = ["What?", "Which digit is written here?", "这是什么数字", "Odd or even", "Why, and since when, and by whom?"]
@@ -250,3 +253,39 @@ def test_longest_questions_come_first(monkeypatch, llava, processor, questions, 
 def test_a_url_in_place_of_a_picture_is_named(llava, processor):
     with pytest.raises(DataError, match=r"picture 'https://x/y.png' is a URL, and URLs are off"):
         answer(llava, processor, images=["https://x/y.png"], prompt="?")
+
+
+def test_media_are_read_and_processed_once_for_all_their_questions(
+    monkeypatch, talkative, processor, questions, tmp_path
+):
+    asked = [
+        Question(id=f"{index}", prompt=ask(text, "0.png"), images=("0.png",), reference="x")
+        for index, text in enumerate(TEXTS)
+    ]
+    calls = []
+    processed = type(processor).__call__
+    monkeypatch.setattr(type(processor), "__call__", lambda self, **given: calls.append(1) or processed(self, **given))
+    monkeypatch.setattr(generate, "_length", lambda *_: 1)
+    options = {"media_root": tmp_path, "max_new_tokens": 6}
+    shared = generate.answer_questions(talkative, processor, asked, **options)
+    assert len(calls) == 1
+    plain = generate.answer_questions(talkative, processor, asked, share_media=False, **options)
+    assert shared.texts == plain.texts
+    assert shared.sharing.on
+    assert shared.sharing.saved == {"tokens": plain.work.prompts - shared.work.prompts}
+    assert shared.work.prompts < plain.work.prompts == shared.work.padded
+    assert not plain.sharing.on
+    assert plain.sharing.why == "the recipe switches it off"
+
+
+def test_two_kinds_of_media_may_stand_in_either_order(tmp_path):
+    """The processor's answer is kept by the order of the media, not for the conversation that came first."""
+    _, processor = MODELS["qwen2_vl"]()
+    media = Media(images=[picture((31, 47))], videos=[film()])
+    shared = SharedMedia(processor, media)
+    for text in ("<image><video> a", "<video><image> b", "<image> then <video> c"):
+        turns = [Turn(role="user", text=text)]
+        found = encode_prompt_turns(processor, turns, shared)
+        expected = encode_prompt(processor, turns, media)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
