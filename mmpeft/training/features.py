@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from mmpeft.core.errors import RecipeError
-from mmpeft.core.speed import Speedup
 from mmpeft.data.feature_store import Entry, FeatureStore, KeptExpansion
 from mmpeft.models.features import FeaturePlan, placeholders
 
@@ -100,23 +99,6 @@ class FeatureCache:
         if self._writer is not None:
             self._writer.shutdown()
             self._writer = None
-
-    def speedup(self) -> Speedup:
-        """What it spared so far, in this process."""
-        seen = self.hits + self.misses
-        return Speedup(
-            name="data.cache",
-            on=True,
-            why=f"the towers are frozen: {self.hits:,} of {seen:,} samples with media took what was kept"
-            if seen
-            else "the towers are frozen, but no sample has media",
-            saved={"tower_runs": self.hits},
-        )
-
-
-def off(reason: str) -> Speedup:
-    """The same where nothing is kept."""
-    return Speedup(name="data.cache", on=False, why=reason)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Kept features of frozen towers, given back: loss and gradients are those of running the towers, in each family."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from mmpeft.models.features import FeaturePlan, placeholders, plan_features
 from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import tree_attention_on
 from tests.families.models import MODELS, SINGLE_TURN
-from tests.families.samples import SIZES, every_medium, first_medium, picture, sample_of
+from tests.families.samples import SIZES, every_medium, film, first_medium, picture, sample_of, sound
 from tests.families.test_adapters import LORA, PROJECTOR, gradients, scattered
 from tests.families.test_packing import PACKED, rows_of
 
@@ -141,5 +143,25 @@ def test_loss_and_gradients_of_a_packed_row_are_those_without_a_cache(name, trai
         ]
         batch = with_positions(model, collate(hits))
         assert batch["input_ids"].shape == plain["input_ids"].shape
+        _, grads = fed_gradients(model, plan, dict(batch))
+    assert_same(grads, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_films_with_their_sound_keep_the_features_of_both(packed):
+    model, processor = MODELS["qwen2_5_omni"]()
+    media = [Media(videos=[dataclasses.replace(film(seed=n), audio=sound(1, seed=n))]) for n in (0, 1)]
+    samples = [
+        encode_sample(processor, sample_of("<video>\nWhat is said?", f"Hello{'!' * n}", videos=1), each)
+        for n, each in enumerate(media)
+    ]
+    model = scattered(get_peft_model(model, TRAINS["both"])).train()
+    plan = plan_features(model, TRAINS["both"])
+    collate = (PackedCollator if packed else MultimodalCollator)(processor)
+    hits = [{**kept(row, plan, model), "features_key": str(n)} for n, row in enumerate(samples)]
+    with tree_attention_on(model):
+        expected = gradients(model, with_positions(model, collate(samples)))
+        batch = with_positions(model, collate(hits))
+        assert batch["use_audio_in_video"] is True
         _, grads = fed_gradients(model, plan, dict(batch))
     assert_same(grads, expected)
