@@ -62,7 +62,7 @@ def plan_packing(
     # Where a prompt is seen both ways, a picture sees the question behind it: nothing is the same for two questions.
     shares = share and two_way != "suffix"
     row = _Row(samples, two_way)
-    for group in _groups(samples) if shares else [[number] for number in range(len(samples))]:
+    for group in _groups(samples, media_ids) if shares else [[number] for number in range(len(samples))]:
         row.put(group, _shared(samples, group, media_ids) if len(group) > 1 else 0)
     tree = Tree(
         segments=tuple(row.segments),
@@ -123,15 +123,24 @@ class _Row:
         return tuple((self.length + begin, self.length + stop) for begin, stop in zip(begins, ends, strict=True))
 
 
-def _groups(samples: Sequence[Encoded]) -> list[list[int]]:
-    """Samples with the same media together, in the order in which each group begins; those without stay alone."""
+def _groups(samples: Sequence[Encoded], media_ids: frozenset[int]) -> list[list[int]]:
+    """Samples with the same media, and the same text up to the last of them; those without media stay alone.
+
+    They stand in the order in which each group begins.
+    """
     groups: dict[object, list[int]] = {}
     for number, sample in enumerate(samples):
         media = sorted(set(sample) - TEXT_KEYS - KEYS)
         # The key of kept features is a hash of the media already.
-        key: object = sample.get("features_key") or tuple((name, _digest(sample[name])) for name in media) or number
-        groups.setdefault(key, []).append(number)
+        key: object = sample.get("features_key") or tuple((name, _digest(sample[name])) for name in media)
+        groups.setdefault((key, _begin(sample, media_ids)) if key else number, []).append(number)
     return list(groups.values())
+
+
+def _begin(sample: Encoded, media_ids: frozenset[int]) -> tuple[int, ...]:
+    """The tokens up to the last one of a medium: two samples share these or nothing."""
+    ids = sample["input_ids"].tolist()
+    return tuple(ids[: max((place for place, token in enumerate(ids) if token in media_ids), default=-1) + 1])
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

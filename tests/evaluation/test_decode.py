@@ -182,3 +182,15 @@ def test_half_precision_answers(family):
 
 def test_tokens_of_padded_batches():
     assert decode.padded_tokens([3, 9, 5, 8], 2) == 2 * 9 + 2 * 5
+
+
+def test_a_question_that_begins_otherwise_does_not_keep_the_others_from_sharing():
+    model, processor = MODELS["llava"]()
+    talkative(model)
+    image = Media(images=[picture(SIZES[0])])
+    asked = [encode_prompt(processor, turns(f"<image>\n{text}?"), image) for text in ("What", "Who", "When")]
+    _, work = said(model, processor, asked)
+    other = encode_prompt(processor, turns("What stands before it, <image>?"), image)
+    found, mixed = said(model, processor, [*asked, other])
+    assert found == one_by_one(model, processor, [*asked, other])
+    assert mixed.prompts == work.prompts + len(other["input_ids"])
