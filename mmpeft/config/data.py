@@ -66,6 +66,16 @@ Sources = Annotated[
 ]
 
 
+def _workers_kind(value: Any) -> str:
+    return "<word>" if isinstance(value, str) else "<count>"
+
+
+Workers = Annotated[
+    Annotated[Literal["auto"], Tag("<word>")] | Annotated[int, BeforeValidator(no_bool), Field(ge=0), Tag("<count>")],
+    Discriminator(_workers_kind),
+]
+
+
 class DataConfig(Block):
     """Where the samples are, and what is done with one that cannot be used."""
 
@@ -85,8 +95,9 @@ class DataConfig(Block):
     augment: AugmentConfig | None = None
     """How training samples are varied from epoch to epoch; held-out samples never are. Default: not at all."""
     cache: CacheConfig = CacheConfig()
-    workers: int = Field(default=0, ge=0)
-    """Processes that open pictures ahead of training; 0 opens them in the training process."""
+    workers: Workers = "auto"
+    """Processes that open media and encode samples ahead of training; 0 does it in the training process. `auto`: on a
+    CPU 1, or 0 for text alone; elsewhere up to 8, by the cores at hand."""
     streaming: bool = False
     """Read `train` while training instead of before, for what is too large to be read first; needs `max_steps`."""
     shuffle_buffer: int = Field(default=10_000, ge=1)

@@ -28,6 +28,7 @@ from mmpeft.data.problems import LISTED, Problem, problems_error
 from mmpeft.data.sample_lengths import Lengths, cached_lengths
 from mmpeft.data.stream import SHUFFLE_BUFFER, StreamingDataset
 from mmpeft.data.stream_mixture import Stream, StreamedMixture
+from mmpeft.data.token_cache import TokenCache
 from mmpeft.data.types import PLACEHOLDERS, Question, Sample, SkippedSample
 from mmpeft.data.verify import verify_rows
 from mmpeft.families.spec import BoxConvention
@@ -118,6 +119,12 @@ class MultimodalDataset(Dataset[Encoded]):
             identity: of the weights that make the features (`FeaturePlan.identity`).
         """
         self._prepare.keep_features(store, identity)
+
+    def keep_tokens(self) -> TokenCache:
+        """Tokenise each text once from now on; what is kept already stays, and its use is counted from here."""
+        self._prepare.texts = self._prepare.texts or TokenCache()
+        self._prepare.texts.restart_counts()
+        return self._prepare.texts
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, encoded.

@@ -27,6 +27,7 @@ from mmpeft.data.labels import (
     prompt_of,
     prompt_tokens,
 )
+from mmpeft.data.token_cache import TokenCache
 from mmpeft.data.types import Media, Sample, Turn
 from mmpeft.families.registry import family_of_processor
 
@@ -41,7 +42,9 @@ __all__ = [
 ]
 
 
-def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int | None = None) -> Encoded:
+def encode_sample(
+    processor: Any, sample: Sample, media: Media, max_length: int | None = None, cache: TokenCache | None = None
+) -> Encoded:
     """Tokens, labels and media tensors of one sample; only keys that the model's forward takes.
 
     Args:
@@ -50,6 +53,7 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
         media: what its placeholders stand for, decoded.
         max_length: longest row in tokens, media included; the tail is cut, never inside a picture, video or
             recording, and one behind the cut goes with its tensors.
+        cache: texts that were tokenised before; what is not there is added.
 
     Returns:
         `input_ids` and `labels` LongTensor [sequence]; `mm_token_type_ids` or `token_type_ids` [sequence] where the
@@ -62,7 +66,7 @@ def encode_sample(processor: Any, sample: Sample, media: Media, max_length: int 
         ModelError: the processor does not say what takes a medium's place.
     """
     turns = with_boxes(processor, sample.turns, sample.boxes, [image.size for image in media.images])
-    return encode_turns(processor, turns, DecodedMedia(processor, media), max_length)[0]
+    return encode_turns(processor, turns, DecodedMedia(processor, media), max_length, cache)[0]
 
 
 class MediaSource(Protocol):
@@ -102,17 +106,24 @@ class DecodedMedia:
 
 
 def encode_turns(
-    processor: Any, turns: Sequence[Turn], media: MediaSource, max_length: int | None = None
+    processor: Any,
+    turns: Sequence[Turn],
+    media: MediaSource,
+    max_length: int | None = None,
+    cache: TokenCache | None = None,
 ) -> tuple[Encoded, int]:
-    """As `encode_sample`, of turns whose boxes are written, with media from anywhere.
+    """As `encode_sample`, of turns whose boxes are written, with media from anywhere and texts from `cache`.
 
     Returns:
         The tensors, and how many media are left after the cut.
     """
-    conversation = conversation_of(processor, turns)
+    conversation = conversation_of(processor, turns) if cache is None else cache.conversation(processor, turns)
     count_media(processor, conversation, media.counts)
     expansion = media.expansion(conversation, None)
-    tokens = label_conversation(processor, expanded(conversation, expansion.replacements), answers_of(turns))
+    if cache is None:
+        tokens = label_conversation(processor, expanded(conversation, expansion.replacements), answers_of(turns))
+    else:
+        tokens = cache.labelled(processor, turns, conversation, expansion.replacements)
     cut = cut_before_media(tokens, max_length, control_tokens(processor).ids)
     kept = sum(end <= cut for _, end in tokens.media)
     if kept < len(tokens.media):

@@ -14,6 +14,7 @@ from mmpeft.data.feature_store import FeatureStore
 from mmpeft.data.kept import KeptFeatures, NotKeptError
 from mmpeft.data.load_media import MediaLimits, load_media, placed
 from mmpeft.data.problems import Problem
+from mmpeft.data.token_cache import TokenCache
 from mmpeft.data.types import Media, Sample, Turn
 
 
@@ -30,6 +31,7 @@ class Preparation:
         augmentation: how samples are varied (see `augment_with`); None if they are not.
         augment_seed: what is drawn depends on it, the sample and the epoch.
         kept: features of frozen towers that are kept; None if none are.
+        texts: what was tokenised before; None to tokenise every time.
     """
 
     processor: Any
@@ -40,6 +42,7 @@ class Preparation:
     augmentation: Augmentation | None = None
     augment_seed: int = 0
     kept: KeptFeatures | None = None
+    texts: TokenCache | None = None
 
     def augment_with(self, settings: AugmentSettings, *, seed: int = 0) -> None:
         """Vary samples from epoch to epoch from now on; see `MultimodalDataset.augment_with`."""
@@ -63,7 +66,7 @@ class Preparation:
         try:
             if self.kept is not None and any(sample.media.values()) and not varies_media(self.augmentation):
                 return self._with_kept(self.kept, sample, epoch)
-            return encode_sample(self.processor, *self._decoded(sample, epoch), self.max_length)
+            return encode_sample(self.processor, *self._decoded(sample, epoch), self.max_length, self.texts)
         except DataError as error:
             problem = Problem(index=sample.index, line=sample.line, id=sample.id, reason=str(error))
             raise DataError(problem.located(self.path)) from error
@@ -85,9 +88,9 @@ class Preparation:
         turns = spelt_out(self.processor, text, root=self.media_root, limits=self.limits).turns
         media = kept.of(names)
         try:
-            encoded, count = encode_turns(self.processor, turns, media, self.max_length)
+            encoded, count = encode_turns(self.processor, turns, media, self.max_length, self.texts)
         except NotKeptError:
             decoded = DecodedMedia(self.processor, self._decoded(sample, epoch)[1])
-            encoded, count = encode_turns(self.processor, turns, decoded, self.max_length)
+            encoded, count = encode_turns(self.processor, turns, decoded, self.max_length, self.texts)
             return encoded | kept.wanted(names[:count], decoded.used)
         return encoded | media.features(count)

@@ -123,7 +123,7 @@ def training_arguments(
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "dataloader_pin_memory": device != "cpu",
-        "dataloader_persistent_workers": recipe.data.workers > 0,
+        "dataloader_persistent_workers": recipe.data.workers != 0,
         "run_name": f"{recipe.output.name}-{stage.name}",
         # False would take the place of its old name, gradient_checkpointing, in a `trainer` block.
         **({"activation_checkpointing": True} if recipe.compute.checkpointing is True else {}),
@@ -139,7 +139,8 @@ def training_arguments(
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "use_cpu": device == "cpu",
-        "dataloader_num_workers": recipe.data.workers,
+        # How many `auto` is, `mmpeft.pipeline.workers.set_workers` says once the trainer is there.
+        "dataloader_num_workers": 1 if recipe.data.workers == "auto" else recipe.data.workers,
     }
     try:
         args = TrainingArguments(**{**defaults, **stage.trainer, **owned})

@@ -50,6 +50,8 @@ from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.pipeline.features import feature_speedup, keep_features
 from mmpeft.pipeline.speedups import packing_speedups
+from mmpeft.pipeline.tokens import KeptTokens
+from mmpeft.pipeline.workers import set_workers, worker_speedup
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
 from mmpeft.training.resume import last_checkpoint
@@ -158,6 +160,8 @@ def run_stage(
     display = ProgressDisplay(stage.name, console)
     trainer = _trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
     kept = keep_features(recipe, stage, trainer, dataset)
+    served = set_workers(recipe, trainer, dataset)
+    texts = KeptTokens(recipe, dataset)
     for callback in (MetricsFile(folder.metrics), display, interrupt):
         trainer.add_callback(callback)
     begin = time.perf_counter()
@@ -191,6 +195,8 @@ def run_stage(
             ),
             *cut_speedups(recipe, trainer),
             feature_speedup(trainer, kept),
+            worker_speedup(trainer, served, seconds=figures["seconds"]),
+            texts.speedup(trainer),
             *compute_speedups(recipe, trainer),
         )
     ]
@@ -247,6 +253,7 @@ def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) 
         "seconds": seconds,
         "samples_per_second": trainer.samples_trained / seconds,
         "tokens_per_second": trainer.tokens_trained / seconds,
+        **trainer.waits.total(trainer.accelerator),
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device.type),
         "final_loss": losses[-1] if losses else None,
         "trainable_parameters": plan.trainable,

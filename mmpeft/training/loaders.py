@@ -1,6 +1,10 @@
 """Loaders whose global batches are the same on any number of processes."""
 
-from collections.abc import Callable
+import contextlib
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -91,6 +95,33 @@ class _EpochLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Say what it means that a worker has gone, which torch 2.13 tells from wherever the training process then is.
+
+    Raises:
+        DataError: a worker was killed, or ended by itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _LOST.search(str(error))
+        if found is None:
+            raise
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise this again wherever the next of the other workers ends, in mid-write even.
+            # A later loader of this process finds out by itself whether its workers live, every five seconds.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise DataError(
+            f"a worker that prepares samples ({found[1]}) has gone: {found[2].strip()}. Mostly that is the machine's "
+            "memory running out; use a smaller data.workers (0 prepares samples in the training process), or smaller "
+            "pictures and films (data.max_pixels, data.media)"
+        ) from error
+
+
+_LOST = re.compile(r"DataLoader worker \((pid\S* [^)]*)\) ((?:is killed by|exited unexpectedly)[^.]*)")
 
 
 def from_worker(error: DataError) -> DataError:

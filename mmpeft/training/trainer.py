@@ -24,7 +24,7 @@ from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import check_attention
 from mmpeft.training.computing import Compute, Computing
 from mmpeft.training.features import FeatureCache, fed
-from mmpeft.training.loaders import from_worker, global_loader, stream_loader, stream_sampler
+from mmpeft.training.loaders import from_worker, global_loader, naming_lost_workers, stream_loader, stream_sampler
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
 from mmpeft.training.skips import SkipWatch
@@ -199,7 +199,7 @@ class MultimodalTrainer(Trainer):
         self._window_start = time.perf_counter()
         model: Any = self.model
         self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
-        with self.computing.on():
+        with naming_lost_workers(), self.computing.on():
             # Behind the hook that gives outputs their loss.
             hook = model.register_forward_hook(reach_what_trains)
             try:

@@ -214,3 +214,14 @@ def test_a_step_is_cut_by_samples_or_by_tokens_and_a_stream_by_samples_only():
     streamed["stages"] = [{"name": "a", "train": {"projector": "full"}, "max_steps": 3}]
     with pytest.raises(RecipeError, match=r"batch\.tokens: a stream's samples have no length .* use batch\.micro"):
         Recipe.from_dict(streamed)
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [("atuo", "data.workers: found 'atuo'; expected 'auto'"), (-1, "data.workers: found -1"), (True, "data.workers: ")],
+)
+def test_workers_are_a_count_or_auto(workers, said):
+    value = {**MINIMAL, "data": {**MINIMAL["data"], "workers": workers}}
+    with pytest.raises(RecipeError, match=said) as found:
+        Recipe.from_dict(value)
+    assert len(str(found.value).splitlines()) <= 2
