@@ -16,6 +16,9 @@ class ComputeConfig(Block):
     chunked_loss: Switch = "auto"
     """Compute logits and their loss a chunk of positions at a time, so that they never stand in memory at once; `auto`:
     where they would hold more than 2^26 numbers."""
+    compile: Switch = "auto"
+    """Run the language model's layers through torch.compile; the first step takes tens of seconds more. `auto`: in
+    bfloat16, on one process, for language models tested with it, where training would take about twenty minutes."""
     checkpointing: Switch = "auto"
     """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work; `auto`: off
     unless the stage's `trainer` block has `activation_checkpointing`."""

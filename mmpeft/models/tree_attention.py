@@ -10,6 +10,7 @@ samples need.
 import contextlib
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -194,6 +195,12 @@ def _tree_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
+@cache
+def _uncompiled() -> Any:
+    # It follows the samples of a row: compiled, each row would be a program of its own.
+    return torch.compiler.disable(tree_attention)
+
+
 @contextlib.contextmanager
 def tree_attention_on(model: Any) -> Iterator[None]:
     """Let the language model of `model` take rows of several samples (`tree=`); its towers stay as they are.
@@ -201,7 +208,7 @@ def tree_attention_on(model: Any) -> Iterator[None]:
     Args:
         model: a transformers model, or a `PeftModel` around one.
     """
-    AttentionInterface.register(NAME, tree_attention)
+    AttentionInterface.register(NAME, _uncompiled())
     AttentionMaskInterface.register(NAME, _tree_mask)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     text = base.config.get_text_config()

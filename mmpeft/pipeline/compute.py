@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.speed import Speedup
+from mmpeft.models.compiled import layer_parameters, uncompilable
 from mmpeft.models.head_loss import AUTO_ENTRIES, HeadFigures, unchunkable
 from mmpeft.training.computing import Compute
 from mmpeft.training.trainer import MultimodalTrainer
@@ -15,8 +16,19 @@ FLOAT32 = 4
 """Bytes of a logit where its loss is computed."""
 
 
-def plan_compute(recipe: Recipe, model: Any) -> Compute:
+TWENTY_MINUTES = {"cpu": 4e14, "cuda": 1e17}
+"""Floating-point operations that a device does in about as long, at 0.3 and 100 TFLOP/s: compiling layers takes up to
+a minute and spares about a fifth of what comes after."""
+
+SAMPLE_TOKENS = 256
+"""Tokens of a sample, where nobody has counted."""
+
+
+def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples: int) -> Compute:
     """What the Trainer is asked for.
+
+    Args:
+        samples: how many the stage trains on.
 
     Raises:
         RecipeError: the recipe asks for what the model cannot do; says why.
@@ -27,9 +39,38 @@ def plan_compute(recipe: Recipe, model: Any) -> Compute:
         raise RecipeError(f"compute.chunked_loss: {obstacle}; leave it out")
     return Compute(
         chunked_loss=None if switch == "auto" else switch,
+        compile=why_uncompiled(recipe, model, args, samples=samples) is None,
         spare_casts=recipe.compute.spare_casts,
         spare_cache=recipe.compute.spare_cache,
     )
+
+
+def why_uncompiled(recipe: Recipe, model: Any, args: TrainingArguments, *, samples: int) -> str | None:
+    """Why the language model's layers run as they are; None where they are compiled.
+
+    Raises:
+        RecipeError: the recipe asks for compiled layers where they cannot be; says why.
+    """
+    switch, device = recipe.compute.compile, args.device.type
+    if switch is False:
+        return "compute.compile is false"
+    obstacle = (
+        "layers run twice with activation checkpointing"
+        if args.activation_checkpointing
+        else "weights are spread over processes"
+        if args.deepspeed or args.fsdp
+        else uncompilable(model, device)
+    )
+    if switch is True:
+        if obstacle:
+            raise RecipeError(f"compute.compile: {obstacle}; leave it out")
+        return None
+    if obstacle or not args.bf16 or args.world_size > 1:
+        return obstacle or ("it pays in bfloat16 only" if not args.bf16 else "it was tested on one process")
+    work = 6.0 * layer_parameters(model) * SAMPLE_TOKENS * samples
+    if work < TWENTY_MINUTES.get(device, float("inf")):
+        return f"{samples:,} samples are too few for what compiling takes"
+    return None
 
 
 def supervised_only(recipe: Recipe, model: Any, args: TrainingArguments) -> bool | None:
@@ -40,14 +81,17 @@ def supervised_only(recipe: Recipe, model: Any, args: TrainingArguments) -> bool
     return True if unchunkable(model) is None else None
 
 
-def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer) -> list[Speedup]:
-    """What the block spared a stage that has trained."""
+def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int) -> list[Speedup]:
+    """What the block spared a stage that has trained on so many samples."""
+    compiled = trainer.computing.compute.compile
+    why = "" if compiled else why_uncompiled(recipe, trainer.model, trainer.args, samples=samples)
     head = trainer.computing.head or HeadFigures()
     return [
         _supervised(recipe, trainer, head),
         _chunked(recipe, trainer, head),
         _casts(recipe, trainer),
         _cache(recipe, trainer),
+        Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
         Speedup(
             name="compute.checkpointing",
             on=bool(trainer.args.activation_checkpointing),

@@ -158,7 +158,7 @@ def run_stage(
         folder.write_state(state)
     interrupt = StopOnInterrupt(notify=console.print)
     display = ProgressDisplay(stage.name, console)
-    trainer = _trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
+    trainer = make_trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
     kept = keep_features(recipe, stage, trainer, dataset)
     served = set_workers(recipe, trainer, dataset)
     texts = KeptTokens(recipe, dataset)
@@ -197,7 +197,7 @@ def run_stage(
             feature_speedup(trainer, kept),
             worker_speedup(trainer, served, seconds=figures["seconds"]),
             texts.speedup(trainer),
-            *compute_speedups(recipe, trainer),
+            *compute_speedups(recipe, trainer, samples=steps * batch.size),
         )
     ]
     if main:
@@ -206,7 +206,7 @@ def run_stage(
     PartialState().wait_for_everyone()
 
 
-def _trainer(
+def make_trainer(
     recipe: Recipe,
     stage: StageConfig,
     prepared: PreparedStage,
@@ -216,6 +216,7 @@ def _trainer(
     batch: Batch,
     steps: int,
 ) -> MultimodalTrainer:
+    """A stage's trainer, on the data that it trains and evaluates on; nothing is written yet."""
     make_arguments = partial(
         training_arguments, recipe, stage, output=folder.checkpoints, steps=steps, dtype=prepared.dtype
     )
@@ -236,7 +237,7 @@ def _trainer(
         learning_rates=learning_rates(stage),
         share_media=packs and recipe.batch.share_media and args.train_sampling_strategy in ("random", "sequential"),
         cut=cut,
-        compute=plan_compute(recipe, prepared.model),
+        compute=plan_compute(recipe, prepared.model, args, samples=steps * batch.size),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmpeft.data.packing import PackedCollator
+from mmpeft.models.compiled import layers_compiled
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import tree_attention_on
@@ -17,11 +18,13 @@ class Compute:
 
     Attributes:
         chunked_loss: whether logits and loss are computed a chunk of positions at a time; None: where they are many.
+        compile: run the language model's layers compiled.
         spare_casts: give LoRA its inputs as they are where autocast is on.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
     """
 
     chunked_loss: bool | None = None
+    compile: bool = False
     spare_casts: bool = True
     spare_cache: bool = True
 
@@ -55,6 +58,8 @@ class Computing:
                 stack.enter_context(tree_attention_on(model))
             if hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
                 self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
+            if self.compute.compile:
+                stack.enter_context(layers_compiled(model))
             if self.compute.spare_casts and self.trainer.accelerator.native_amp:
                 self.uncast = stack.enter_context(casts_spared(model))
             self._on = True

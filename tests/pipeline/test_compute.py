@@ -1,12 +1,15 @@
 """Runs with each switch of the `compute` block: the same losses, and what each spared in the records."""
 
+import shutil
+
 import pytest
+from transformers import TrainingArguments
 
 import mmpeft
 from mmpeft import Recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import read_json
-from mmpeft.pipeline.compute import plan_compute
+from mmpeft.pipeline.compute import plan_compute, why_uncompiled
 from mmpeft.training.callbacks import read_metrics
 from tests.families.qwen import QWEN
 from tests.models.test_tree_attention import llava_around
@@ -25,7 +28,14 @@ def run(folder, **compute):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    off = {"supervised_only": False, "chunked_loss": False, "checkpointing": False, "spare_casts": False, "spare_cache": False}
+    off = {
+        "supervised_only": False,
+        "chunked_loss": False,
+        "checkpointing": False,
+        "spare_casts": False,
+        "spare_cache": False,
+        "compile": False,
+    }
     return run(tmp_path_factory.mktemp("plain"), **off)
 
 
@@ -95,11 +105,46 @@ def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
 def test_chunks_are_refused_by_name_where_nobody_has_looked_at_the_logits(tmp_path):
     model = llava_around("llama", tiny_processor())
     path = write_project(tmp_path, compute={"chunked_loss": True})
-    assert plan_compute(Recipe.from_yaml(path), model).chunked_loss is True
+    args = arguments(tmp_path)
+    assert plan_compute(Recipe.from_yaml(path), model, args, samples=1).chunked_loss is True
 
     class Other(type(model)):
         pass
 
     model.__class__ = Other
     with pytest.raises(RecipeError, match=r"compute.chunked_loss: what Other does to its logits was not tested"):
-        plan_compute(Recipe.from_yaml(path), model)
+        plan_compute(Recipe.from_yaml(path), model, args, samples=1)
+
+
+def arguments(folder, **options):
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **options)
+
+
+def test_auto_compiles_long_training_in_half_precision_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "sh")  # which is on every machine; nothing is compiled here
+    model = llava_around("llama", tiny_processor())
+    auto = Recipe.from_yaml(write_project(tmp_path))
+
+    def why(recipe, samples=10**9, model=model, **options):
+        return why_uncompiled(recipe, model, arguments(tmp_path, **options), samples=samples)
+
+    assert why(auto, bf16=True) is None
+    assert why(auto, bf16=True, samples=100) == "100 samples are too few for what compiling takes"
+    assert why(auto) == "it pays in bfloat16 only"
+    assert "checkpointing" in why(auto, bf16=True, activation_checkpointing=True)
+    other = llava_around("granite", tiny_processor())
+    assert why(auto, bf16=True, model=other) == "layers of type 'granite' were not tested with it"
+    off, on = (Recipe.from_yaml(write_project(tmp_path, compute={"compile": switch})) for switch in (False, True))
+    assert why(off, bf16=True) == "compute.compile is false"
+    assert why(on, samples=1) is None
+    with pytest.raises(RecipeError, match=r"compute.compile: layers of type 'granite' were not tested"):
+        why(on, model=other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_layers_give_the_losses_of_none(tmp_path, plain):
+    losses, speedups = run(tmp_path, compile=True)
+    assert losses == pytest.approx(plain[0], rel=1e-5)
+    assert speedups["compute.compile"]["on"]
