@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from mmpeft.core.host import OnHost
 from mmpeft.core.tree import Segment, Tree
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.chat import control_tokens
@@ -184,8 +185,8 @@ class PackedCollator:
         tree            the row's segments, for the attention
         media tensors   each medium once that samples share
 
-    Where a family computes positions from pictures (`mm_token_type_ids`), `padded` holds what it does so from, and
-    `mmpeft.models.positions.with_positions` puts `position_ids` in.
+    Where a family computes positions from pictures (`mm_token_type_ids`), `padded` holds what it does so from, on the
+    host, and `mmpeft.models.positions.with_positions` puts `position_ids` in.
 
     Args:
         processor: a transformers processor.
@@ -222,12 +223,14 @@ class PackedCollator:
             batch |= _supervised(packing, padded["labels"])
         if self.placed:
             lengths = torch.tensor([len(row["input_ids"]) for row in ordered])
-            batch["padded"] = {
-                **{key: value for key, value in padded.items() if key != "labels"},
-                "attention_mask": (torch.arange(padded["input_ids"].shape[1]) < lengths[:, None]).long(),
-                "index": packing.index,
-                **join_media([{key: row[key] for key in PLACES & set(row)} for row in ordered]),
-            }
+            batch["padded"] = OnHost(
+                {
+                    **{key: value for key, value in padded.items() if key != "labels"},
+                    "attention_mask": (torch.arange(padded["input_ids"].shape[1]) < lengths[:, None]).long(),
+                    "index": packing.index,
+                    **join_media([{key: row[key] for key in PLACES & set(row)} for row in ordered]),
+                }
+            )
         else:
             batch["position_ids"] = packing.positions[None]
         return batch

@@ -19,7 +19,8 @@ def with_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     if "padded" not in batch:
         return batch
     rest = {key: value for key, value in batch.items() if key != "padded"}
-    padded = dict(batch["padded"])
+    # On the host: families read grids and bounds of pictures number by number.
+    padded = dict(batch["padded"].values)
     index = padded.pop("index")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # Under the names that the base's forward has for them.
@@ -30,4 +31,5 @@ def with_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     place = base.model.get_rope_index
     known = inspect.signature(place).parameters
     positions, _ = place(**{key: value for key, value in padded.items() if key in known})
-    return {**rest, "position_ids": positions.flatten(-2)[..., index].unsqueeze(-2)}
+    row = positions.flatten(-2)[..., index].unsqueeze(-2)
+    return {**rest, "position_ids": row.to(batch["input_ids"].device, non_blocking=True)}
