@@ -119,6 +119,8 @@ def training_arguments(
         "save_steps": min(500, math.ceil(steps / 4)),
         "save_total_limit": 1,
         "report_to": "none",
+        # It reads every micro-batch's loss from the device, to hide that one is no number.
+        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
