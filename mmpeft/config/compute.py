@@ -26,3 +26,5 @@ class ComputeConfig(Block):
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
     spare_cache: bool = True
     """Keep no keys and values for generation while training."""
+    spare_mask: bool = True
+    """Run batches that are padded on the right as plainly causal, without an attention mask."""

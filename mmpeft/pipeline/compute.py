@@ -42,6 +42,7 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
         compile=why_uncompiled(recipe, model, args, samples=samples) is None,
         spare_casts=recipe.compute.spare_casts,
         spare_cache=recipe.compute.spare_cache,
+        spare_mask=recipe.compute.spare_mask,
     )
 
 
@@ -91,6 +92,7 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
         _chunked(recipe, trainer, head),
         _casts(recipe, trainer),
         _cache(recipe, trainer),
+        _mask(trainer),
         Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
         Speedup(
             name="compute.checkpointing",
@@ -146,3 +148,8 @@ def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
     asked = recipe.compute.spare_cache
     why = "models of this type were not tested with it" if asked else "compute.spare_cache is false"
     return Speedup(name=name, on=False, why=why)
+
+
+def _mask(trainer: MultimodalTrainer) -> Speedup:
+    why = trainer.computing.why_masked()
+    return Speedup(name="compute.spare_mask", on=why is None, why=why or "no token sees the padding behind it")

@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.packing import PackedCollator
 from mmpeft.models.compiled import layers_compiled
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
+from mmpeft.models.mask_free import needs_mask, without_mask
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import tree_attention_on
 
@@ -21,12 +26,14 @@ class Compute:
         compile: run the language model's layers compiled.
         spare_casts: give LoRA its inputs as they are where autocast is on.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
+        spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
     """
 
     chunked_loss: bool | None = None
     compile: bool = False
     spare_casts: bool = True
     spare_cache: bool = True
+    spare_mask: bool = True
 
 
 class Computing:
@@ -54,9 +61,11 @@ class Computing:
             if self.spares_cache():
                 # Before the hook that takes the labels, by which it tells training from generation.
                 stack.callback(model.register_forward_pre_hook(_without_cache, with_kwargs=True).remove)
+            if self.why_masked() is None:
+                stack.callback(model.register_forward_pre_hook(without_mask, with_kwargs=True).remove)
             if isinstance(self.trainer.data_collator, PackedCollator):
                 stack.enter_context(tree_attention_on(model))
-            if hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
+            if self._known():
                 self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
             if self.compute.compile:
                 stack.enter_context(layers_compiled(model))
@@ -70,7 +79,23 @@ class Computing:
 
     def spares_cache(self) -> bool:
         """Whether keys and values are let go."""
-        return self.compute.spare_cache and unchunkable(self.trainer.model) is None
+        return self.compute.spare_cache and self._known() and unchunkable(self.trainer.model) is None
+
+    def why_masked(self) -> str | None:
+        """Why batches go through the model with a mask; None if they go without."""
+        if not self.compute.spare_mask:
+            return "compute.spare_mask is false"
+        if isinstance(self.trainer.data_collator, PackedCollator):
+            return "packed rows have none"
+        if not isinstance(self.trainer.data_collator, MultimodalCollator):
+            return "the collator may pad on the left"
+        return needs_mask(self.trainer.model) if self._known() else "the model is none of transformers"
+
+    def _known(self) -> bool:
+        """Whether the model is one of transformers, by itself or in a `PeftModel`."""
+        base = self.trainer.model
+        base = base.get_base_model() if isinstance(base, PeftModel) else base
+        return isinstance(base, PreTrainedModel)
 
     def _chunked(self) -> bool | None:
         trainer = self.trainer

@@ -53,7 +53,7 @@ def test_evaluation_inside_training_puts_nothing_on_twice(tmp_path):
             assert hooks() == once
         assert hooks() == once
     assert before == hooks() == (0, 0, 0)
-    assert once == (2, 1, 1)
+    assert once == (3, 1, 1)
 
 
 def test_metrics_read_whole_logits(tmp_path):
@@ -63,3 +63,20 @@ def test_metrics_read_whole_logits(tmp_path):
     trainer.compute_metrics = lambda prediction: {}
     with trainer.computing.on():
         assert trainer.model(**batch).logits.shape[1] == len(batch["logits_to_keep"])
+
+
+def test_padded_batches_go_without_a_mask_and_are_counted_all_the_same(tmp_path):
+    losses, seen = [], []
+    for spared in (False, True):
+        trainer, batch = trainer_of(tmp_path, "llava", spare_mask=spared)
+        decoder = trainer.model.get_decoder()
+        decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs.get("attention_mask") is None), with_kwargs=True
+        )
+        trainer.train_dataset = trainer.eval_dataset
+        trainer.args.max_steps, trainer.args.per_device_train_batch_size = 1, 2
+        trainer.train()
+        losses.append(trainer.state.log_history[-1]["train_loss"])
+        assert trainer.tokens_trained == int(batch["attention_mask"].sum())
+    assert seen == [False, True]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
