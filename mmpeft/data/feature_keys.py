@@ -13,8 +13,8 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ from mmpeft.data.types import PLACEHOLDERS, WORDS, Sample
 
 FORMAT = 1
 """Raised when entries that were written before can no longer be used."""
+
+_SOUND = ("sampling_rate", "max_seconds", "too_long")
+_LIMITS: Mapping[Modality, Sequence[str]] = {
+    "image": ("max_image_pixels",),
+    "video": ("fps", "max_frames", "frame_pixels", "use_audio_in_video", *_SOUND),
+    "audio": _SOUND,
+}
+"""The fields of `MediaLimits` by what they bound: frames of a film change nothing about a picture."""
 
 _DECODERS = ("pillow", "av", "soundfile", "soxr", "numpy")
 _WORKERS = ("image_processor", "video_processor", "feature_extractor")
@@ -44,11 +52,13 @@ class FeatureKeys:
 
     Attributes:
         root: the folder that media names are relative to.
-        settings: hash of everything but the media themselves.
+        settings: hash of everything but the media themselves and how much of each is decoded.
+        limits: of each kind of medium, what of its limits decides how it is decoded, as text.
     """
 
     root: Path
     settings: str
+    limits: Mapping[Modality, str]
 
     def of(self, media: Sequence[Named]) -> str:
         """The key of these media, in this order.
@@ -58,7 +68,9 @@ class FeatureKeys:
         """
         digest = hashlib.blake2b(self.settings.encode(), digest_size=20)
         for modality, name in media:
-            digest.update(f"{modality}:".encode() + _digest_of(name, self.root, WORDS[modality]))
+            digest.update(
+                f"{modality}:{self.limits[modality]}:".encode() + _digest_of(name, self.root, WORDS[modality])
+            )
         return digest.hexdigest()
 
 
@@ -68,8 +80,11 @@ def feature_keys(processor: Any, *, root: Path, limits: MediaLimits, identity: s
     Args:
         identity: of the weights that make the features.
     """
-    said = [FORMAT, identity, processor_settings(processor), asdict(limits), _libraries()]
-    return FeatureKeys(root=root, settings=hash_value(said))
+    said = [FORMAT, identity, processor_settings(processor), _libraries()]
+    told = {
+        modality: ",".join(f"{name}={getattr(limits, name)}" for name in names) for modality, names in _LIMITS.items()
+    }
+    return FeatureKeys(root=root, settings=hash_value(said), limits=told)
 
 
 def processor_settings(processor: Any) -> dict[str, Any]:
