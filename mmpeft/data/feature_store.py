@@ -96,7 +96,7 @@ class FeatureStore:
             self._count("misses")
             return None
         except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if path.is_file():
+            if os.path.isfile(path):
                 self._broken(path, str(error) or type(error).__name__)
             else:  # another process has removed it since it was opened
                 self._count("misses")
@@ -112,7 +112,8 @@ class FeatureStore:
     def has(self, key: str) -> bool:
         """Whether there is an entry of `key`, unread."""
         path = self._path(key)
-        return path.is_file() and not path.parent.is_symlink()
+        # os.path takes a place that this user may not look into for one without the file; pathlib raises.
+        return os.path.isfile(path) and not os.path.islink(path.parent)
 
     def write(self, key: str, entry: Entry) -> bool:
         """Keep an entry, unless it is there; a failure turns the store off, with a warning, and is no error.
@@ -152,6 +153,13 @@ class FeatureStore:
         """How often entries were found, missing, written, broken, evicted or refused, and their bytes on disk."""
         counts = dict(zip(_COUNTED, self._counts.tolist(), strict=True))
         return {**counts, "evicted": self._room.evicted, "bytes": self._room.bytes()}
+
+    def free_bytes(self) -> int:
+        """Of the disk, less what is left for other files; 0 where it cannot be asked."""
+        try:
+            return max(0, self._room.free())
+        except OSError:
+            return 0
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):

@@ -70,7 +70,8 @@ class Room:
             self._bytes -= taken
         if self._bytes + size > self.limit_bytes:
             return False
-        self._spare(size)
+        if size > (free := self.free()):
+            raise OSError(errno.ENOSPC, f"the disk has {units.size(max(0, free))} beside what is left for other files")
         return True
 
     def add(self, size: int) -> None:
@@ -87,14 +88,15 @@ class Room:
         self._bytes, self._added = sum(size for _, size, _ in entries), 0
         self._old = deque(entry for entry in entries if entry[0] < self._began)
 
-    def _spare(self, size: int) -> None:
+    def free(self) -> int:
+        """Bytes of the disk that may still be taken; below 0 where less is free than is left for what else is written.
+
+        Raises:
+            OSError: the disk cannot be asked.
+        """
         place = next((each for each in (self.directory, *self.directory.parents) if each.is_dir()), self.directory)
         disk = shutil.disk_usage(place)
-        spare = min(_SPARE_BYTES, disk.total // _SPARE_SHARE)
-        if disk.free - size < spare:
-            raise OSError(
-                errno.ENOSPC, f"{units.size(disk.free)} of the disk are free, of which {units.size(spare)} are left"
-            )
+        return disk.free - min(_SPARE_BYTES, disk.total // _SPARE_SHARE)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """(last use, bytes, path) of each entry."""

@@ -1,15 +1,20 @@
 """A recipe's `data.cache.features` on a stage: whether features are kept, and what that spared."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.speed import Speedup
 from mmpeft.core.types import Part
+from mmpeft.data.cache_pays import CacheCase, cache_pays
+from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.feature_store import FeatureStore, default_directory
+from mmpeft.data.mixture import MixedDataset
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.models.features import FeaturePlan, Unplanned, plan_features
 from mmpeft.pipeline.data import TrainData
@@ -17,6 +22,9 @@ from mmpeft.training.features import FeatureCache
 from mmpeft.training.trainer import MultimodalTrainer
 
 NAME = "data.cache.features"
+
+_PROBES = 3
+"""Samples by which the bytes of all features are estimated."""
 
 
 def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: TrainData) -> str:
@@ -31,15 +39,18 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
         Why it is on or off, in one sentence.
     """
     plan = stage_plan(recipe, stage, trainer.model)
-    directory = recipe.data.cache.directory or default_directory()
-    store = FeatureStore(directory, recipe.data.cache.limit_bytes)
     obstacle = plan.reason if isinstance(plan, Unplanned) else _obstacle(recipe, trainer.args)
-    on, why = (False, obstacle) if obstacle else _pays(recipe, dataset, store)
-    if not on or isinstance(plan, Unplanned):
+    if obstacle or isinstance(plan, Unplanned):
+        dataset.keep_features(None)
+        return obstacle or ""
+    store = FeatureStore(recipe.data.cache.directory or default_directory(), recipe.data.cache.limit_bytes)
+    cache = FeatureCache(plan, store)
+    dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
+    on, why = _pays(recipe, trainer, dataset, cache)
+    if not on:
         dataset.keep_features(None)
         return why
-    dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
-    trainer.features = FeatureCache(plan, store)
+    trainer.features = cache
     # They are no argument of the model's forward.
     trainer.args.remove_unused_columns = False
     return why
@@ -84,23 +95,55 @@ def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
     return None
 
 
-def _pays(recipe: Recipe, dataset: TrainData, store: FeatureStore) -> tuple[bool, str]:
-    """Whether towers would run more often than there are media, and why that is so."""
+def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache: FeatureCache) -> tuple[bool, str]:
+    """Whether features are worth keeping, and why; the first process decides for all."""
     switch = recipe.data.cache.features
     if switch != "auto":
         return switch, "it was asked for" if switch else f"{NAME} is false"
     if isinstance(dataset, Stream):
         return False, f"a stream does not say how often its media come again; {NAME}: true keeps them"
     keys = [key for key in map(dataset.media_key, range(len(dataset))) if key]
-    if not keys:
-        return False, "no sample has media"
-    shown = _epochs(recipe, len(dataset)) * len(keys)
-    distinct = len(set(keys))
-    if shown > distinct:
-        return True, f"towers are frozen, and the stages show {distinct:,} different media {shown:,.0f} times"
-    if next(store.directory.glob("*/*.safetensors"), None) is not None:
-        return True, "towers are frozen, and features of earlier runs are there"
-    return False, f"no medium is shown twice; {NAME}: true keeps them for other runs"
+    probes = _probes(trainer, dataset)
+    case = CacheCase(
+        media=len(set(keys)),
+        shown=_epochs(recipe, len(dataset)) * len(keys),
+        # The directory is that of all runs: what counts is whether it holds what this one asks for.
+        found=any(carrier["tensors"] is not None for carrier in probes),
+        bytes_each=0,
+        limit_bytes=cache.store.limit_bytes,
+        free_bytes=cache.store.free_bytes(),
+    )
+    pays, why = cache_pays(case)
+    if pays:
+        # Only then is it worth running the towers on a few.
+        pays, why = cache_pays(replace(case, bytes_each=_bytes_each(trainer, cache, probes)))
+    if trainer.args.world_size > 1:
+        pays, why = broadcast_object_list([pays, why])
+    return pays, why
+
+
+def _probes(trainer: MultimodalTrainer, dataset: MultimodalDataset | MixedDataset) -> list[dict[str, Any]]:
+    """What batches say of the features of a few samples, spread over the data, which keeps features already."""
+    first: dict[int, int] = {}
+    for index in range(len(dataset)):
+        if key := dataset.media_key(index):
+            first.setdefault(key, index)
+    indices = list(first.values())
+    collate: Any = trainer.data_collator
+    chosen = indices[:: max(1, len(indices) // _PROBES)][:_PROBES]
+    return [carrier for index in chosen for carrier in collate([dataset[index]]).get("features", ())]
+
+
+def _bytes_each(trainer: MultimodalTrainer, cache: FeatureCache, probes: list[dict[str, Any]]) -> float:
+    """Bytes of the features of one sample's media, on average over a few."""
+    total = 0
+    for carrier in probes:
+        features = carrier["tensors"]
+        if features is None:
+            with trainer.accelerator.autocast():
+                features = cache.plan.compute(trainer.model, carrier["media"])
+        total += sum(tensor.nbytes for tensor in features.values())
+    return total / max(1, len(probes))
 
 
 def _epochs(recipe: Recipe, samples: int) -> float:
