@@ -1,4 +1,4 @@
-"""`mmpeft data check PATH` and `mmpeft data show PATH`; `convert` is mounted beside them."""
+"""`mmpeft data check PATH` and `mmpeft data show PATH`; `convert` and `cache` are mounted beside them."""
 
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mmpeft.cli.cache import cache
 from mmpeft.cli.convert import convert
 from mmpeft.cli.output import EXIT_DATA, JsonOption, err, human, print_json
 from mmpeft.cli.sources import ColumnOption, QuestionOption, SourceArgument, column_map
@@ -204,3 +205,4 @@ def _print_pieces(console: Console, view: dict[str, Any]) -> None:
 
 
 app.command()(convert)
+app.command()(cache)
