@@ -35,8 +35,9 @@ PACKABLE = {name: family_of(make()[0]).packable for name, make in FIRST_CLASS.it
 
 OFF = {
     "batch": {"packing": False, "share_media": False, "balance": False},
-    "compute": {"supervised_only": False, "chunked_loss": False},
+    "compute": {"supervised_only": False, "chunked_loss": False, "spare_cache": False, "checkpointing": False},
     "cache": {"features": False, "tokens": False},
+    "data": {"workers": 0},
 }
 BUDGET = "half as much again as the longest sample"
 FEATURES = {
@@ -48,12 +49,29 @@ FEATURES = {
     "tokens": {"batch": {"tokens": BUDGET, "balance": True}},
     "features": {"cache": {"features": True}},
     "texts": {"cache": {"tokens": True}},
+    "workers": {"data": {"workers": 1}},
+    "spare_cache": {"compute": {"spare_cache": True}},
+    "checkpointing": {"compute": {"checkpointing": True}},
     "all": {
         "batch": {"packing": True, "share_media": True, "tokens": BUDGET, "balance": True},
-        "compute": {"supervised_only": True, "chunked_loss": True},
+        "compute": {"supervised_only": True, "chunked_loss": True, "spare_cache": True},
         "cache": {"features": True, "tokens": True},
+        "data": {"workers": "auto"},
     },
 }
+REPORTED = {
+    "supervised": "compute.supervised_only",
+    "chunked": "compute.chunked_loss",
+    "packing": "batch.packing",
+    "shared": "batch.share_media",
+    "tokens": "batch.tokens",
+    "features": "data.cache.features",
+    "texts": "data.cache.tokens",
+    "workers": "data.workers",
+    "spare_cache": "compute.spare_cache",
+    "checkpointing": "compute.checkpointing",
+}
+"""What a stage's record calls them."""
 PACKED = {name for name, blocks in FEATURES.items() if blocks.get("batch", {}).get("packing")}
 CASES = [(family, feature) for family in FIRST_CLASS for feature in FEATURES if PACKABLE[family] or feature != "shared"]
 
@@ -109,7 +127,11 @@ def write_recipe(folder, base, blocks, *, train=BOTH, size, **stage):
     return Recipe.from_dict(
         {
             "model": str(base),
-            "data": {"train": str(folder / "train.json"), "cache": {**blocks["cache"], "directory": str(folder / "c")}},
+            "data": {
+                "train": str(folder / "train.json"),
+                "cache": {**blocks["cache"], "directory": str(folder / "cache")},
+                **blocks["data"],
+            },
             "stages": [
                 {
                     "name": "stage",
@@ -180,7 +202,10 @@ def one_by_one(base, train, start, rows, dtype):
 
 
 def check(family, base, feature, samples, monkeypatch, train=BOTH):
-    """One step on all samples at once, twice: with a feature cache that is cold, and with one that is warm."""
+    """One step on all samples at once, twice: with a feature cache that is cold, and with one that is warm.
+
+    Returns the names of what the stage's record says was on.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder, family, samples)
@@ -192,7 +217,7 @@ def check(family, base, feature, samples, monkeypatch, train=BOTH):
         recipe = write_recipe(folder, base, blocks, train=train, size=len(samples), epochs=2)
         with monkeypatch.context() as patch:
             patch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
-            mmpeft.run(recipe)
+            done = mmpeft.run(recipe)
     loss, expected = one_by_one(base, train, spy.start, rows, torch.float32)
     assert len(spy.steps) == len(spy.losses) == 2
     assert spy.losses == pytest.approx([loss, loss], rel=RTOL)
@@ -207,6 +232,7 @@ def check(family, base, feature, samples, monkeypatch, train=BOTH):
                 true = exact.get(name, torch.zeros_like(start).double())
                 noise = (plain - true).norm()
                 assert (found - true).norm() <= RTOL * true.norm() + 4 * noise, name
+    return {speedup["name"] for speedup in done.stages[0]["figures"]["speedups"] if speedup["on"]}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +270,11 @@ def test_a_step_with_everything_on_is_that_of_plain_transformers(family, bases, 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_step_with_each_feature_is_that_of_plain_transformers(feature, bases, monkeypatch):
-    check("qwen2_5_vl", bases("qwen2_5_vl"), feature, fixed("qwen2_5_vl"), monkeypatch)
+    on = check("qwen2_5_vl", bases("qwen2_5_vl"), feature, fixed("qwen2_5_vl"), monkeypatch)
+    wanted = {REPORTED[feature]} if feature in REPORTED else set()
+    assert wanted <= on, "the feature was not on, so nothing was tested"
+    if feature == "nothing":
+        assert not on.intersection(REPORTED.values())
 
 
 @pytest.mark.parametrize("feature", ["features", "all"])
@@ -253,7 +283,7 @@ def test_a_frozen_projector_is_that_of_plain_transformers(feature, bases, monkey
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_batches_with_everything_on(family, bases, monkeypatch, data):
     check(family, bases(family), "all", data.draw(sample_lists(family)), monkeypatch)
