@@ -210,9 +210,11 @@ def assistant_spans(processor: Any, turns: Sequence[Turn]) -> tuple[str, list[tu
             continue
         before, until = turns[:number], turns[: number + 1]
         history, header = _history_and_header(processor, before, thinking)
-        answered = _without_empty_thinking(
-            render_chat(processor, until, add_generation_prompt=False, thinking=thinking)
-        )
+        answered = text
+        if len(until) < len(turns):
+            answered = _without_empty_thinking(
+                render_chat(processor, until, add_generation_prompt=False, thinking=thinking)
+            )
         begin = _answer_start(history, header, answered) if header is not None else -1
         if begin < 0 or not text.startswith(answered):
             raise DataError(
