@@ -65,7 +65,11 @@ def assert_same(found, expected):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize("stages", [TWO_STAGES, LANGUAGE_ALONE], ids=["projector-both", "projector-language"])
+@pytest.mark.parametrize(
+    "stages",
+    [pytest.param(TWO_STAGES, marks=pytest.mark.slow), LANGUAGE_ALONE],
+    ids=["projector-both", "projector-language"],
+)
 def test_stages_and_runs_share_features_and_follow_the_losses_without(tmp_path, stages):
     path = project(tmp_path, stages=stages)
     plain, off = run(path, "off", "data.cache.features=false")
