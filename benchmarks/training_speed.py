@@ -10,7 +10,10 @@ round, and they take turns. The clock starts with the model loaded and nothing r
 behind the last step; where a case has several epochs, mmpeft also runs one alone, and a peer's first epoch is held
 against it. Losses are compared step for step: above 1e-3 of each other in float32, or 2e-2 in bfloat16, the run ends
 and nothing is written. Useful FLOP are defined in benchmarks/workload/flops.py; the matrix product is measured in each
-round. Peak memory is that of the process, or of the GPU's allocator.
+round. Peak memory is that of the training process, or of the GPU's allocator.
+
+torch.compile is off in runs as short as these (`compute.compile: auto`), for it takes tens of seconds once a run. With
+`--compiled`, mmpeft also runs with it, and its first step, in which it compiles, counts as much as the second.
 
 `--device cuda --size 0.5b|3b|7b` does the same on a GPU in bfloat16, with absolute samples/s and FLOP/s.
 Writes benchmarks/results/training_speed.json and .md; the figure to trust is the ratio.
@@ -38,13 +41,14 @@ from mmpeft.pipeline.facts import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "training_speed.json"
 ONE_EPOCH = "mmpeft, one epoch"
+COMPILED = "mmpeft, compiled"
 
 
 class Rounds:
     """What the rounds of one case have found so far."""
 
-    def __init__(self, prepared: Prepared, programs: list[Program]) -> None:
-        self.prepared, self.programs = prepared, programs
+    def __init__(self, prepared: Prepared, programs: list[Program], *, compiled: bool = False) -> None:
+        self.prepared, self.programs, self.compiled = prepared, programs, compiled
         self.found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.rates: list[float] = []
         self.left_out: dict[str, str] = {}
@@ -56,11 +60,14 @@ class Rounds:
         turns = [(program.name, program, case.epochs) for program in self.programs]
         if case.epochs > 1:
             turns.append((ONE_EPOCH, self.programs[0], 1))
+        # torch.compile takes tens of seconds once a run, which is most of so short a one: see `--compiled`.
+        if self.compiled and case.dtype == "bfloat16":
+            turns.append((COMPILED, self.programs[0], case.epochs))
         for name, program, epochs in reversed(turns) if backwards else turns:
             if name in self.left_out:
                 continue
             try:
-                result = run_program(program, self.prepared, epochs=epochs)
+                result = run_program(program, self.prepared, epochs=epochs, compiled=name == COMPILED)
             except Missing as error:
                 self.left_out[name] = str(error)
                 _say(f"  {name}: {error}")
@@ -78,10 +85,11 @@ class Rounds:
     def rows(self) -> list[dict[str, Any]]:
         """Of all epochs, and where a case has several also of one alone."""
         case, size = self.prepared.case, self.prepared.size
-        whole = {program.name: self.found[program.name] for program in self.programs if program.name in self.found}
+        whole = {name: results for name, results in self.found.items() if name != ONE_EPOCH}
         rows = case_rows(case, size, epochs=case.epochs, found=whole, rates=self.rates)
         if case.epochs > 1:
-            once = {**whole, OURS: self.found[ONE_EPOCH]}
+            once = {name: results for name, results in whole.items() if name != COMPILED}
+            once[OURS] = self.found[ONE_EPOCH]
             rows += case_rows(case, size, epochs=1, found=once, rates=self.rates)
         return rows
 
@@ -93,7 +101,7 @@ def measure(options: argparse.Namespace, cases: list[Case], programs: list[Progr
         runs = []
         for case in cases:
             prepared = prepare(case, size=options.size, device=options.device, folder=Path(temporary))
-            runs.append(Rounds(prepared, programs))
+            runs.append(Rounds(prepared, programs, compiled=options.compiled))
         for number in range(options.rounds):
             for run in runs:
                 if number and time.monotonic() + run.seconds > end:
@@ -110,13 +118,14 @@ def _programs(options: argparse.Namespace) -> list[Program]:
     if options.plain:
         programs.append(Program(name="transformers", worker="plain", python=sys.executable))
     if trl and (options.trl or not options.tiny):
-        programs.append(Program(name="trl", worker="trl", python=trl))
+        programs.append(Program(name="trl", worker="trl", python=trl, package="trl"))
     elif not options.tiny:
         _say("TRL is left out: it is not installed here; `pip install -e '.[bench]'`, or give --trl PYTHON")
     if options.swift:
-        programs.append(Program(name="ms-swift", worker="swift", python=options.swift))
+        programs.append(Program(name="ms-swift", worker="swift", python=options.swift, package="ms_swift"))
     if options.llama_factory:
-        programs.append(Program(name="llama-factory", worker="llama_factory", python=options.llama_factory))
+        python = options.llama_factory
+        programs.append(Program(name="llama-factory", worker="llama_factory", python=python, package="llamafactory"))
     return programs
 
 
@@ -152,6 +161,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--swift", type=os.path.abspath, metavar="PYTHON", help="of an environment with ms-swift")
     parser.add_argument("--llama-factory", type=os.path.abspath, metavar="PYTHON", help="of one with LLaMA-Factory")
     parser.add_argument("--plain", action="store_true", help="also transformers' own Trainer")
+    parser.add_argument("--compiled", action="store_true", help="in bfloat16 also mmpeft with compute.compile: true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=SIZES, help="default: 135m on CPU, 0.5b on a GPU")
     parser.add_argument("--tiny", action="store_true", help="a smoke test: tiny models, against transformers' Trainer")
@@ -172,6 +182,7 @@ def main() -> None:
         "command": "make bench-peers" if options.swift else "python benchmarks/training_speed.py",
         "hardware": where,
         "versions": versions(),
+        "programs": {program.name: program.version for program in programs[1:]},
         "size": options.size,
         **found,
     }

@@ -103,6 +103,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str
         "# Training speed at equal maths",
         "",
         f"{facts['hardware']}. " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + ".",
+        "; ".join(facts["programs"].values()) + ".",
         f"Written by `{facts['command']}`; what is measured, and how, is said there.",
         "",
         "| case | epochs | program | rounds | samples/s (min-max) | mmpeft is faster by (min-max) | share of the "
