@@ -68,14 +68,15 @@ def lay_out(model: Any, processor: Any, prompts: Sequence[Encoded]) -> PromptRow
     last = torch.stack([place[-1] for place in places])
     if family_of(model).supervised_logits:
         inputs["logits_to_keep"] = last
-    # Time, height and width, in families that tell them apart; behind a medium goes on from the largest of them.
-    positions = inputs["position_ids"].flatten(0, -2)
+    # Time, height and width, in families that tell them apart, are one for text. An answer goes on from the last token,
+    # as in `generate`, and not from the largest position: of Qwen2.5-Omni's films with sound, that can lie behind it.
+    positions = inputs["position_ids"].flatten(0, -2)[0]
     return PromptRow(
         inputs=inputs,
         order=packing.order,
         index=pad_sequence(places, batch_first=True),
         lengths=tuple(len(place) for place in places),
-        following=torch.stack([positions[:, place].max() + 1 for place in places]),
+        following=positions[last] + 1,
         last=last,
     )
 

@@ -1,5 +1,7 @@
 """Questions that share their pictures get the answers that they get one by one, in every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -91,7 +93,7 @@ def test_answers_and_first_logits_are_those_of_one_by_one(family):
     prompts = prompts_of(family, model, processor)
     expected = one_by_one(adapted, processor, prompts)
     assert len(set(expected)) > len(expected) // 2
-    for batch_size in (3, 16):
+    for batch_size in (1, 3, 16):
         found, work = said(adapted, processor, prompts, batch_size=batch_size)
         assert found == expected
     assert (work.prompts < sum(len(prompt["input_ids"]) for prompt in prompts)) == (family != "paligemma")
@@ -194,3 +196,16 @@ def test_a_question_that_begins_otherwise_does_not_keep_the_others_from_sharing(
     found, mixed = said(model, processor, [*asked, other])
     assert found == one_by_one(model, processor, [*asked, other])
     assert mixed.prompts == work.prompts + len(other["input_ids"])
+
+
+def test_films_with_their_sound_share_it():
+    model, processor = MODELS["qwen2_5_omni"]()
+    media = Media(videos=[replace(film(), audio=sound())])
+    texts = ("When?", "What is said first?", "Who?")
+    prompts = [encode_prompt(processor, turns(f"<video>\n{text}"), media) for text in texts]
+    assert prompts[0]["use_audio_in_video"]
+    expected = one_by_one(talkative(model), processor, prompts)
+    found, work = said(model, processor, prompts)
+    assert found == expected
+    assert len(set(expected)) == 3
+    assert work.prompts < work.padded / 2
