@@ -97,6 +97,17 @@ class _EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
+def end_workers(loader: Any) -> None:
+    """End workers that outlive an epoch, now and in this thread.
+
+    torch 2.13 ends them when the iterator that a loader keeps is collected. Where that happens in the thread which
+    has to tell them, it waits five seconds for a worker that has not been told.
+    """
+    base = getattr(loader, "base_dataloader", loader)
+    if getattr(base, "_iterator", None) is not None:
+        base._iterator = None
+
+
 @contextlib.contextmanager
 def naming_lost_workers() -> Iterator[None]:
     """Say what it means that a worker has gone, which torch 2.13 tells from wherever the training process then is.

@@ -24,7 +24,14 @@ from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import check_attention
 from mmpeft.training.computing import Compute, Computing
 from mmpeft.training.features import FeatureCache, fed
-from mmpeft.training.loaders import from_worker, global_loader, naming_lost_workers, stream_loader, stream_sampler
+from mmpeft.training.loaders import (
+    end_workers,
+    from_worker,
+    global_loader,
+    naming_lost_workers,
+    stream_loader,
+    stream_sampler,
+)
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
 from mmpeft.training.skips import SkipWatch
@@ -206,6 +213,7 @@ class MultimodalTrainer(Trainer):
                 result = super().train(*args, **kwargs)
             finally:
                 hook.remove()
+                end_workers(self.callback_handler.train_dataloader)
                 if self.features is not None:
                     self.features.close()
         self.samples_trained, self.tokens_trained, self.tokens_computed, self.tokens_padded = self._count()

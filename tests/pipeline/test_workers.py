@@ -1,6 +1,7 @@
 """Media decoded ahead by a loader's workers: what comes out is what one process makes, in every epoch."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -178,3 +179,17 @@ def test_a_data_set_goes_to_a_worker_without_its_rows(tmp_path, processor):
         sizes.append(len(packed))
         assert torch.equal(pickle.loads(packed)[rows - 1]["input_ids"], expected["input_ids"])
     assert sizes[1] - sizes[0] < 1000
+
+
+def test_workers_are_gone_when_training_ends(tmp_path, processor):
+    data = write_data(tmp_path / "data")
+    dataset = load_dataset(data / "train.json", media_root=data / "images", processor=processor)
+    trainer = MultimodalTrainer(
+        model=get_peft_model(tiny_llava(processor), {"projector": "full"}),
+        args=arguments(tmp_path / "out", dataloader_num_workers=1, dataloader_persistent_workers=True),
+        train_dataset=dataset,
+        data_collator=MultimodalCollator(processor),
+    )
+    before = set(multiprocessing.active_children())
+    trainer.train()
+    assert set(multiprocessing.active_children()) <= before
