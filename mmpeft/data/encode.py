@@ -84,11 +84,13 @@ class DecodedMedia:
     """Media that the processor is run over.
 
     Attributes:
+        whole: what it made of all of them.
         used: what it made of those that `expansion` was asked for last.
     """
 
     def __init__(self, processor: Any, media: Media) -> None:
         self.processor, self.media = processor, media
+        self.whole: Expansion | None = None
         self.used: Expansion | None = None
 
     @property
@@ -99,7 +101,7 @@ class DecodedMedia:
     def expansion(self, conversation: Conversation, kept: int | None) -> Expansion:
         """See `MediaSource`; errors as `expand`."""
         if kept is None or self.used is None:
-            self.used = expand(self.processor, conversation.text, self.media)
+            self.used = self.whole = expand(self.processor, conversation.text, self.media)
         else:
             self.used = _of_the_first(self.processor, conversation, self.media, self.used, kept)
         return self.used

@@ -60,13 +60,16 @@ class FeatureKeys:
     settings: str
     limits: Mapping[Modality, str]
 
-    def of(self, media: Sequence[Named]) -> str:
+    def of(self, media: Sequence[Named], *, texts: bool = False) -> str:
         """The key of these media, in this order.
+
+        Args:
+            texts: the key of the texts that take their place alone, without features.
 
         Raises:
             DataError: a medium is missing or lies outside the root.
         """
-        digest = hashlib.blake2b(self.settings.encode(), digest_size=20)
+        digest = hashlib.blake2b(self.settings.encode() + (b"texts" if texts else b""), digest_size=20)
         for modality, name in media:
             digest.update(
                 f"{modality}:{self.limits[modality]}:".encode() + _digest_of(name, self.root, WORDS[modality])

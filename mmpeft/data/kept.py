@@ -49,6 +49,15 @@ class KeptFeatures:
         )
         return {"features_key": self.keys.of(media), "features_rest": rest}
 
+    def keep_texts(self, media: Sequence[Named], whole: Expansion | None) -> None:
+        """Keep the texts in the place of a sample's media, some of which lie behind its cut.
+
+        Features are kept of those before it alone, and where it falls, the texts of all of them decide.
+        """
+        if whole is not None:
+            texts = KeptExpansion(replacements=whole.replacements, modalities=whole.modalities)
+            self.store.write(self.keys.of(media, texts=True), Entry(tensors={}, expansion=texts))
+
 
 class KeptMedia:
     """A `MediaSource` that reads what is kept."""
@@ -57,6 +66,7 @@ class KeptMedia:
         self._store, self._keys, self._media = store, keys, media
         self._key = ""
         self._entry: Entry | None = None
+        self._whole: tuple[str, ...] = ()
 
     @property
     def counts(self) -> Mapping[Modality, int]:
@@ -73,16 +83,33 @@ class KeptMedia:
         if not media:
             return Expansion(replacements=(), tensors={})
         self._key = self._keys.of(media)
-        self._entry = self._store.read(self._key)
-        if self._entry is None:
+        self._entry = found = self._store.read(self._key)
+        if found is None and kept is None:
+            found = self._texts()
+        if found is None:
             raise NotKeptError
-        rest = self._entry.expansion
+        rest = found.expansion
+        if kept is None:
+            self._whole = rest.replacements
+        elif rest.replacements != self._whole[:kept]:
+            # They are encoded together, and cannot be cut apart: that is for whoever decodes them to say.
+            raise NotKeptError
         return Expansion(replacements=rest.replacements, tensors=dict(rest.tensors), modalities=rest.modalities)
 
+    def _texts(self) -> Entry | None:
+        key = self._keys.of(self._media, texts=True)
+        return self._store.read(key) if self._store.has(key) else None
+
     def features(self, count: int) -> Encoded | dict[str, Any]:
-        """What a sample has in the place of pixels: `features_key`, `features`, `features_shapes`; {} without media."""
-        if not count or self._entry is None:
+        """What a sample has in the place of pixels: `features_key`, `features`, `features_shapes`; {} without media.
+
+        Raises:
+            NotKeptError: only the texts of all of its media are kept, and none of them lies behind the cut.
+        """
+        if not count:
             return {}
+        if self._entry is None:
+            raise NotKeptError
         return {
             "features_key": self._key,
             "features": dict(self._entry.tensors),

@@ -89,8 +89,10 @@ class Preparation:
         media = kept.of(names)
         try:
             encoded, count = encode_turns(self.processor, turns, media, self.max_length, self.texts)
+            return encoded | media.features(count)
         except NotKeptError:
             decoded = DecodedMedia(self.processor, self._decoded(sample, epoch)[1])
             encoded, count = encode_turns(self.processor, turns, decoded, self.max_length, self.texts)
+            if count < len(names):
+                kept.keep_texts(names, decoded.whole)
             return encoded | kept.wanted(names[:count], decoded.used)
-        return encoded | media.features(count)

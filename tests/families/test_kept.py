@@ -51,6 +51,13 @@ def write(folder, name, model):
     return file
 
 
+def damage(medium):
+    """Rubbish of the same size and date, whose hash is that of before: whoever decodes it fails."""
+    facts = medium.stat()
+    medium.write_bytes(bytes(facts.st_size))
+    os.utime(medium, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
 def keep_all(dataset, store):
     """Every sample's media kept, with features that are nothing but numbers."""
     for index in range(len(dataset)):
@@ -69,10 +76,7 @@ def test_kept_samples_are_those_of_decoded_media(family, tmp_path):
     keep_all(kept, store)
     wanted = [plain[index] for index in range(len(plain))]
     for medium in (path for ending in ("png", "mp4", "wav") for path in tmp_path.glob(f"*.{ending}")):
-        # Rubbish of the same size and date, whose hash is that of before: whoever decodes it fails.
-        facts = medium.stat()
-        medium.write_bytes(bytes(facts.st_size))
-        os.utime(medium, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        damage(medium)
     found = [kept[index] for index in range(len(kept))]
     assert any("features" in sample for sample in found)
     for sample, expected in zip(found, wanted, strict=True):
@@ -99,9 +103,17 @@ def test_a_picture_behind_the_cut_is_not_waited_for(family, tmp_path):
     wanted = cut[0]
     cut.keep_features(store, "weights")
     keep_all(cut, store)
-    # The key is that of the one picture that is left; the whole sample's media are not kept under any.
-    alone = load_dataset(one, processor=processor)
-    alone.keep_features(store, "weights")
+    # The key is that of the one picture that is left; of the whole sample's media the texts alone are kept.
+    alone, longer = (load_dataset(file, processor=processor) for file in (one, both))
+    expected = longer[0]
+    for dataset in (alone, longer):
+        dataset.keep_features(store, "weights")
+    found = longer[0]
+    assert "features" not in found, "texts do not stand in for features"
+    assert {key for key in found if not key.startswith("features")} == set(expected)
+    for number in range(2):
+        damage(tmp_path / f"{number}.png")
     assert alone[0]["features_key"] == cut[0]["features_key"]
     assert "features" in alone[0]
+    assert "features" in cut[0]
     assert torch.equal(cut[0]["input_ids"], wanted["input_ids"])
