@@ -149,6 +149,8 @@ def run_worker(program: Program, work: dict[str, Any], scratch: Path) -> dict[st
     file = scratch / "work.json"
     file.write_text(json.dumps({**work, "result": str(result)}), encoding="utf-8")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if program.python != sys.executable:
+        environment.pop("PYTHONPATH", None)  # what it adds is for this environment
     if work["device"] == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     with log.open("wb") as output:
