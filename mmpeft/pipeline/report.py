@@ -82,7 +82,7 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "loss": _loss_chart(record.stages),
         "rates": _rate_chart(record.stages),
         "rates_legend": legend((name, f"p-{name}") for name in _parts_with_rates(record.stages)),
-        "speedups": _speedups(record.stages),
+        "speedups": _speedups(record),
         "loading": _loading(record),
         "metric_title": units.metric_title,
         "not_recorded": units.NOT_RECORDED,
@@ -186,9 +186,10 @@ def _saved(figures: Sequence[Mapping[str, Any]]) -> str:
     return f", {computed / padded:.0%} of a padded batch's computed"
 
 
-def _speedups(stages: Sequence[StageRecord]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Of each stage the rows of the table of what made it faster, what it saved in words."""
-    named = [(stage.name, stage.figures.get("speedups") or []) for stage in stages]
+def _speedups(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Of each stage and evaluation the rows of the table of what made it faster, what it saved in words."""
+    named = [(stage.name, stage.figures.get("speedups") or []) for stage in record.stages]
+    named += [(f"questions {_label(name)}", entry.get("speedups") or []) for name, entry in record.evaluations]
     return [
         (name, [{**row, "saved": _amounts(row.get("saved") or {})} for row in rows]) for name, rows in named if rows
     ]

@@ -367,3 +367,10 @@ def test_what_made_it_faster_stands_in_the_report_stage_by_stage(run):
     assert "data.cache on 2.00 KiB, 12 s one pass" in words
     assert "data.cache off" in words
     assert "batch.share_media off - it needs batch.packing" in words
+
+
+def test_what_made_evaluation_faster_stands_beside_it(run):
+    row = {"name": "evaluate.share_media", "on": True, "why": "16 questions on 2 pictures", "saved": {"tokens": 3200}}
+    edit(run / "evaluation.json", lambda value: value["before"].update(speedups=[row]))
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", write_report(run).read_text(encoding="utf-8")))
+    assert "questions before evaluate.share_media on 3,200 tokens 16 questions on 2 pictures" in words
