@@ -40,7 +40,7 @@ check: setup ## Check format, lint, types, the floors (imports go down only), an
 
 # One seed of the quickstart; its committed figures are of three, which take a quarter of an hour.
 bench: $(BENCH_STAMP) ## Run every benchmark; each writes benchmarks/results/<name>.json
-	@set -e; for name in data_check import_time video_decoding training_speed; do \
+	@set -e; for name in data_check import_time video_decoding training_speed evaluation_speed; do \
 		echo "benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py"; done
 	$(BIN)/python benchmarks/quickstart.py --seeds 0 --results runs/benchmark/quickstart.json
 
