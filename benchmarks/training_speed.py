@@ -15,7 +15,8 @@ round. Peak memory is that of the training process, or of the GPU's allocator.
 torch.compile is off in runs as short as these (`compute.compile: auto`), for it takes tens of seconds once a run. With
 `--compiled`, mmpeft also runs with it, and its first step, in which it compiles, counts as much as the second.
 
-`--device cuda --size 0.5b|3b|7b` does the same on a GPU in bfloat16, with absolute samples/s and FLOP/s.
+`--device cuda --size 0.5b|3b|7b` does the same on a GPU in bfloat16, with absolute samples/s and FLOP/s; it has
+not been run on hardware yet.
 Writes benchmarks/results/training_speed.json and .md; the figure to trust is the ratio.
 """
 
