@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -18,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from mmpeft.data.encode import Encoded
 from mmpeft.evaluation.prompt_row import PromptRow, lay_out
 from mmpeft.families.registry import family_of, trained_model
+from mmpeft.models.base import base_of
 from mmpeft.models.slots import Slots
 from mmpeft.models.tree_attention import EXACT, tree_attention_on
 
@@ -143,7 +143,7 @@ class Decoder:
         self.tokens: list[int] = []
         self.lengths: list[int] = []
         self.work = Work()
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = base_of(model)
         self.axes = 3 if family_of(base).positions == "media" else 1
         penalty = getattr(model.generation_config, "repetition_penalty", None) or 1.0
         self.penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftModel
+from mmpeft.models.base import base_of
 
 TESTED = frozenset({"llama", "qwen2", "qwen2_vl_text", "qwen3"})
 """Types of language models whose compiled layers were tested to give the same losses without compiling anew."""
@@ -20,7 +20,7 @@ def uncompilable(model: Any, device: str) -> str | None:
     """Why the layers of `model` cannot be compiled; None if they can."""
     if _layers(model) is None:
         return "no list of layers was found in the language model"
-    text = _base(model).config.get_text_config().model_type
+    text = base_of(model).config.get_text_config().model_type
     if text not in TESTED:
         return f"layers of type {text!r} were not tested with it"
     if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -54,10 +54,6 @@ def layer_parameters(model: Any) -> int:
     return sum(weight.numel() for layer in _layers(model) or () for weight in layer.parameters())
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _layers(model: Any) -> Any:
-    decoder = _base(model).get_decoder()
+    decoder = base_of(model).get_decoder()
     return getattr(decoder, "layers", None)

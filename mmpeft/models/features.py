@@ -29,8 +29,9 @@ from mmpeft.core.errors import ModelError
 from mmpeft.core.types import MODALITIES, Modality, Part
 from mmpeft.families.registry import family_of
 from mmpeft.families.spec import FamilySpec
+from mmpeft.models.base import base_of
 from mmpeft.models.feature_weights import first_random, weights_digest
-from mmpeft.models.feeding import Joined, base_of, feeding, inner_of, join, projector_modules
+from mmpeft.models.feeding import Joined, feeding, inner_of, join, projector_modules
 
 Cut = Literal["input", "output"]
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -41,11 +40,6 @@ class _EveryLayer:
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         return self.hidden
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model in a `PeftModel`, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def inner_of(base: Any) -> Any:

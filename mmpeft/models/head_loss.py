@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mmpeft.core.errors import ModelError
 from mmpeft.core.types import IGNORE_INDEX
+from mmpeft.models.base import base_of
 
 AUTO_ENTRIES = 2**26
 """Positions x vocabulary above which `auto` computes the loss in chunks: 256 MiB in float32, held three times over."""
@@ -115,7 +115,7 @@ class _Task:
 
 def unchunkable(model: Any) -> str | None:
     """Why the loss of `model` cannot be computed in chunks; None if it can."""
-    base = _base(model)
+    base = base_of(model)
     head = base.get_output_embeddings()
     owner = _owner(base, head) if head is not None else None
     if owner is None:
@@ -165,7 +165,7 @@ class _HeadHooks:
     """The hooks, and the forward that they are in."""
 
     def __init__(self, model: Any, *, least: int | None, chunk: int) -> None:
-        base = _base(model)
+        base = base_of(model)
         self.model, self.head = model, base.get_output_embeddings()
         self.least, self.chunk = least, chunk
         self.takes_indices = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -241,7 +241,7 @@ class _HeadHooks:
         return self.least is not None and positions * self._vocabulary() > self.least
 
     def _vocabulary(self) -> int:
-        return int(_base(self.model).config.get_text_config().vocab_size)
+        return int(base_of(self.model).config.get_text_config().vocab_size)
 
     def _count(self, positions: int, kept: int) -> None:
         figures, entries = self.figures, kept * self._vocabulary()
@@ -302,10 +302,6 @@ def _targets(labels: torch.Tensor, shifted: torch.Tensor | None) -> torch.Tensor
     if shifted is None:
         shifted = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     return shifted.flatten()
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _owner(base: Any, head: torch.nn.Module) -> Any:

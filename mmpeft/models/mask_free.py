@@ -9,9 +9,8 @@ not the same; no label stands there.
 
 from typing import Any
 
-from peft import PeftModel
-
 from mmpeft.families.registry import family_of
+from mmpeft.models.base import base_of
 from mmpeft.models.head_loss import unchunkable
 from mmpeft.models.tree_attention import EXACT
 
@@ -23,7 +22,7 @@ Qwen2.5-Omni counts the positions of a whole batch by its mask."""
 
 def needs_mask(model: Any) -> str | None:
     """Why padded batches need their mask; None if they do not."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     text = base.config.get_text_config()
     if unchunkable(model) is not None or text.model_type not in CAUSAL:
         return f"a language model of type {text.model_type!r} was not tested without"

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from peft import PeftModel
+from mmpeft.models.base import base_of
 
 
 def with_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def with_positions(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     # On the host: families read grids and bounds of pictures number by number.
     padded = dict(batch["padded"].values)
     index = padded.pop("index")
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     # Under the names that the base's forward has for them.
     if "feature_attention_mask" in padded:
         padded["audio_seqlens"] = padded["feature_attention_mask"].sum(-1)

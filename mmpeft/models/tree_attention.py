@@ -16,7 +16,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmpeft.core.errors import ModelError
 from mmpeft.core.tree import Segment, Tree
+from mmpeft.models.base import base_of
 from mmpeft.models.slots import Seen
 
 NAME = "mmpeft_tree"
@@ -210,7 +210,7 @@ def tree_attention_on(model: Any) -> Iterator[None]:
     """
     AttentionInterface.register(NAME, _uncompiled())
     AttentionMaskInterface.register(NAME, _tree_mask)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     text = base.config.get_text_config()
     key = next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), "")
     before = text._attn_implementation

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import TrainingArguments
 
 from mmpeft.config.recipe import Recipe
@@ -17,6 +16,7 @@ from mmpeft.data.problems import LISTED, Problem
 from mmpeft.data.stream import StreamingDataset
 from mmpeft.data.stream_mixture import StreamedMixture
 from mmpeft.methods.plan import TrainingPlan
+from mmpeft.models.base import base_of
 from mmpeft.pipeline.arguments import Batch
 from mmpeft.pipeline.data import TrainData, parts_of
 from mmpeft.training.trainer import MultimodalTrainer
@@ -116,7 +116,7 @@ def cut_batch(batch: Batch, cut: Cut | None) -> Batch:
 
 def cost_model(model: Any, plan: TrainingPlan) -> CostModel:
     """What samples cost, by the sizes of a model's parts and by which of them train."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     hidden = getattr(base.config.get_text_config(), "hidden_size", HIDDEN_SIZE)
     parts = {part.part: part for part in plan.parts}
     towers = sum(parts[name].parameters * _PASSES[parts[name].state] for name in ("vision", "audio") if name in parts)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.packing import PackedCollator
+from mmpeft.models.base import base_of
 from mmpeft.models.compiled import layers_compiled
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.mask_free import needs_mask, without_mask
@@ -93,9 +93,7 @@ class Computing:
 
     def _known(self) -> bool:
         """Whether the model is one of transformers, by itself or in a `PeftModel`."""
-        base = self.trainer.model
-        base = base.get_base_model() if isinstance(base, PeftModel) else base
-        return isinstance(base, PreTrainedModel)
+        return isinstance(base_of(self.trainer.model), PreTrainedModel)
 
     def _chunked(self) -> bool | None:
         trainer = self.trainer

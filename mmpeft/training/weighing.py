@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from mmpeft.models.base import base_of
 
 
 def weigh_tokens(trainer: Trainer) -> bool:
@@ -47,7 +48,7 @@ def token_mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
 
 def _adds_to_it(model: Any) -> bool:
     """Whether the model adds to the cross-entropy, as mixtures of experts may add the balance of their routers."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     config = getattr(base, "config", None)
     text = config.get_text_config() if config is not None else None
     return bool(getattr(text, "output_router_logits", False))
