@@ -19,7 +19,7 @@ from mmpeft.evaluation.prompt_row import PromptRow, lay_out
 from mmpeft.families.registry import family_of, trained_model
 from mmpeft.models.base import base_of
 from mmpeft.models.slots import Slots
-from mmpeft.models.tree_attention import EXACT, tree_attention_on
+from mmpeft.models.tree_attention import row_obstacle, tree_attention_on
 
 _AT_REST: Mapping[str, Any] = {
     "bad_words_ids": None,
@@ -45,21 +45,16 @@ _AT_REST: Mapping[str, Any] = {
 
 def obstacle(model: Any) -> str | None:
     """Why a model's prompts cannot share a row with the same answers; None if they can."""
-    spec, text = family_of(model), model.config.get_text_config()
     config = model.generation_config
     settings = [
         name for name, rest in _AT_REST.items() if (value := getattr(config, name, None)) is not None and value != rest
     ]
-    found = None
-    if not spec.packable or trained_model(model) is not model:
-        found = f"prompts of the family {spec.name} cannot share a row"
-    elif text.model_type not in EXACT:
-        found = f"prompts cannot share a row of a language model of type {text.model_type!r}"
-    elif text._attn_implementation != "sdpa":
-        found = f"the model's attention is {text._attn_implementation!r}, and rows need 'sdpa'"
-    elif settings:
+    if trained_model(model) is not model:
+        return f"prompts of the family {family_of(model).name} cannot share a row"
+    found = row_obstacle(model, "prompts")
+    if found is None and settings:
         found = f"its generation config sets {', '.join(settings)}"
-    elif is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+    elif found is None and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)):
         found = "its weights are spread over processes, which have to run in step"
     return found
 

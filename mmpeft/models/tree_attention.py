@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmpeft.core.errors import ModelError
 from mmpeft.core.tree import Segment, Tree
+from mmpeft.families.registry import family_of
 from mmpeft.models.base import base_of
 from mmpeft.models.slots import Seen
 
@@ -219,6 +220,18 @@ def tree_attention_on(model: Any) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation({key: before})
+
+
+def row_obstacle(model: Any, what: str) -> str | None:
+    """Why several of `what` ("samples", "prompts") cannot share a row of a model; None if they can."""
+    spec, text = family_of(model), model.config.get_text_config()
+    if not spec.packable:
+        return f"{what} of the family {spec.name} cannot share a row"
+    if text.model_type not in EXACT:
+        return f"{what} cannot share a row of a language model of type {text.model_type!r}"
+    if text._attn_implementation != "sdpa":
+        return f"the model's attention is {text._attn_implementation!r}, and rows need 'sdpa'"
+    return None
 
 
 def check_attention(model: Any, inputs: Mapping[str, Any]) -> None:

@@ -15,8 +15,6 @@ from mmpeft.config.names import did_you_mean
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
-from mmpeft.families.registry import family_of
-from mmpeft.models.tree_attention import EXACT
 
 MICRO_LIMIT = 16
 """Most samples that go through the model at once unless the recipe says otherwise."""
@@ -56,34 +54,6 @@ def plan_batch(recipe: Recipe, processes: int) -> Batch:
             f"step; use one of {', '.join(map(str, fitting))}"
         )
     return Batch(size=size, micro=micro, accumulation=share // micro, processes=processes, tokens=recipe.batch.tokens)
-
-
-def packing_obstacle(recipe: Recipe, model: Any, args: TrainingArguments) -> str | None:
-    """Why a stage's samples cannot go through the model as rows without padding; None if they can.
-
-    Raises:
-        RecipeError: the recipe asks for it where it would not be exact; says why.
-    """
-    spec = family_of(model)
-    text = model.config.get_text_config()
-    attention = text._attn_implementation
-    obstacle = None
-    if not spec.packable:
-        obstacle = f"samples of the family {spec.name} cannot share a row"
-    elif text.model_type not in EXACT:
-        obstacle = f"samples cannot share a row of a language model of type {text.model_type!r}"
-    elif attention != "sdpa":
-        obstacle = f"the model's attention is {attention!r}, and rows need 'sdpa'"
-    elif args.label_smoothing_factor:
-        obstacle = "label smoothing reads the logits of every position"
-    if obstacle and recipe.batch.packing:
-        raise RecipeError(f"batch.packing: {obstacle}; leave it out")
-    return obstacle
-
-
-def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
-    """Whether a stage's samples go through the model as rows without padding; errors as `packing_obstacle`."""
-    return packing_obstacle(recipe, model, args) is None and recipe.batch.packing is not False
 
 
 def count_steps(stage: StageConfig, samples: int | None, size: int) -> int:

@@ -39,8 +39,6 @@ from mmpeft.pipeline.arguments import (
     Batch,
     count_steps,
     learning_rates,
-    packing_obstacle,
-    packs_rows,
     plan_batch,
     training_arguments,
 )
@@ -49,7 +47,7 @@ from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cu
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.pipeline.features import feature_speedup, keep_features
-from mmpeft.pipeline.speedups import packing_speedups
+from mmpeft.pipeline.packing import packing_obstacle, packing_speedups, packs_rows
 from mmpeft.pipeline.tokens import KeptTokens
 from mmpeft.pipeline.workers import set_workers, worker_speedup
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt

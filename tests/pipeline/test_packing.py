@@ -12,7 +12,7 @@ from mmpeft.core.files import read_json
 from mmpeft.data.encode import encode_sample
 from mmpeft.data.packing import PackedCollator
 from mmpeft.data.types import Media
-from mmpeft.pipeline.arguments import packs_rows
+from mmpeft.pipeline.packing import packs_rows
 from mmpeft.training.callbacks import read_metrics
 from tests.families.qwen import tiny_qwen3_5
 from tests.families.samples import picture, sample_of

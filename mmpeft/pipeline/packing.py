@@ -1,7 +1,32 @@
-"""What a stage's rows without padding spared it."""
+"""A recipe's `batch.packing` on a stage: whether samples stand in rows without padding, and what that spared."""
 
-from mmpeft.config.recipe import BatchConfig
+from typing import Any
+
+from transformers import TrainingArguments
+
+from mmpeft.config.recipe import BatchConfig, Recipe
+from mmpeft.core.errors import RecipeError
 from mmpeft.core.speed import Speedup
+from mmpeft.models.tree_attention import row_obstacle
+
+
+def packing_obstacle(recipe: Recipe, model: Any, args: TrainingArguments) -> str | None:
+    """Why a stage's samples cannot go through the model as rows without padding; None if they can.
+
+    Raises:
+        RecipeError: the recipe asks for it where it would not be exact; says why.
+    """
+    obstacle = row_obstacle(model, "samples")
+    if obstacle is None and args.label_smoothing_factor:
+        obstacle = "label smoothing reads the logits of every position"
+    if obstacle and recipe.batch.packing:
+        raise RecipeError(f"batch.packing: {obstacle}; leave it out")
+    return obstacle
+
+
+def packs_rows(recipe: Recipe, model: Any, args: TrainingArguments) -> bool:
+    """Whether a stage's samples go through the model as rows without padding; errors as `packing_obstacle`."""
+    return packing_obstacle(recipe, model, args) is None and recipe.batch.packing is not False
 
 
 def packing_speedups(
