@@ -112,7 +112,7 @@ class Varied:
     notes: tuple[str, ...] = ()
 
 
-def varies_media(settings: Augmentation | None) -> bool:
+def varies_media(settings: Augmentation | AugmentConfig | None) -> bool:
     """Whether any medium is varied; else texts are at most."""
     return settings is not None and any((settings.crop, settings.colour, settings.flip))
 

@@ -21,7 +21,8 @@ from mmpeft.core.types import MODALITIES, Modality
 from mmpeft.data.types import PLACEHOLDERS, Turn
 from mmpeft.families.registry import family_of_processor
 
-_PLACEHOLDER = re.compile("|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in PLACEHOLDERS.items()))
+PLACEHOLDER = re.compile("|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in PLACEHOLDERS.items()))
+"""A medium's place in a turn's text; the group that matched is its kind."""
 
 _CACHED = 16
 """Processors whose facts are kept; more than a process ever holds."""
@@ -88,7 +89,7 @@ def check_texts(processor: Any, turns: Sequence[Turn]) -> None:
     """
     pattern = control_tokens(processor).pattern
     for number, turn in enumerate(turns):
-        for piece in _PLACEHOLDER.sub("\0", turn.text).split("\0"):
+        for piece in PLACEHOLDER.sub("\0", turn.text).split("\0"):
             if found := pattern.search(piece):
                 token = found.group()
                 raise DataError(
@@ -115,7 +116,7 @@ def render_chat(
         ModelError: the processor has no chat template.
     """
     template = _own_template(processor)
-    used = {str(found.lastgroup) for turn in turns for found in _PLACEHOLDER.finditer(turn.text)}
+    used = {str(found.lastgroup) for turn in turns for found in PLACEHOLDER.finditer(turn.text)}
     lacking = sorted(name for name in used if name not in control_tokens(processor).media)
     if lacking:
         raise DataError(
@@ -140,7 +141,7 @@ def _message(turn: Turn, newline: frozenset[str]) -> dict[str, Any]:
     """A turn as a chat template takes it: its text cut at the placeholders."""
     items: list[dict[str, str]] = []
     position, drop = 0, False
-    for found in (*_PLACEHOLDER.finditer(turn.text), None):
+    for found in (*PLACEHOLDER.finditer(turn.text), None):
         piece = turn.text[position : found.start() if found else len(turn.text)]
         piece = piece.removeprefix("\n") if drop else piece
         if piece:

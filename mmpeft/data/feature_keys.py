@@ -16,15 +16,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 
 from mmpeft.core.hashing import hash_value
 from mmpeft.core.types import Modality
+from mmpeft.data.chat import PLACEHOLDER
 from mmpeft.data.load_media import MediaLimits
-from mmpeft.data.roots import resolve_inside
-from mmpeft.data.types import PLACEHOLDERS, WORDS, Sample
+from mmpeft.data.roots import MediaFile, resolve_inside
+from mmpeft.data.types import WORDS, Sample
 
 FORMAT = 1
 """Raised when entries that were written before can no longer be used."""
@@ -109,20 +110,9 @@ def processor_settings(processor: Any) -> dict[str, Any]:
 def media_in_order(sample: Sample) -> list[Named]:
     """A sample's media as their placeholders stand in its text."""
     names = {modality: iter(found) for modality, found in sample.media.items()}
-    marks = {mark: modality for modality, mark in PLACEHOLDERS.items()}
-    found = []
-    for turn in sample.turns:
-        places = sorted((start, modality) for mark, modality in marks.items() for start in _starts(turn.text, mark))
-        found += [(modality, str(next(names[modality]))) for _, modality in places]
-    return found
-
-
-def _starts(text: str, mark: str) -> list[int]:
-    starts, start = [], text.find(mark)
-    while start >= 0:
-        starts.append(start)
-        start = text.find(mark, start + len(mark))
-    return starts
+    marks = (found for turn in sample.turns for found in PLACEHOLDER.finditer(turn.text))
+    kinds = (cast(Modality, found.lastgroup) for found in marks)
+    return [(kind, str(next(names[kind]))) for kind in kinds]
 
 
 @functools.cache
@@ -139,18 +129,18 @@ def _digest_of(name: str, root: Path, kind: str) -> bytes:
     if isinstance(file, Path):
         facts = file.stat()
         return _digest_of_file(file, facts.st_size, facts.st_mtime_ns)
-    digest = hashlib.blake2b(digest_size=20)
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.digest()
+    return _digest(file)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _digest_of_file(path: Path, size: int, modified: int) -> bytes:
     """Of a file's bytes, read again only if its size or date have changed."""
+    return _digest(path)
+
+
+def _digest(file: MediaFile) -> bytes:
     digest = hashlib.blake2b(digest_size=20)
-    with path.open("rb") as stream:
+    with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.digest()

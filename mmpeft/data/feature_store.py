@@ -24,11 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmpeft.core.types import Modality
+from mmpeft.data.join_features import Shape
 from mmpeft.data.store_room import SUFFIX, Room
 
 logger = logging.getLogger(__name__)
-
-Shape = tuple[tuple[int, ...], torch.dtype]
 
 _KEY = re.compile(r"[0-9a-f]{32,128}")
 _FEATURE, _SMALL = "feature:", "small:"

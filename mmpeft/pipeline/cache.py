@@ -19,7 +19,7 @@ from mmpeft.models.load import load_processor
 from mmpeft.pipeline.arguments import count_steps, plan_batch
 from mmpeft.pipeline.base import resolve_base
 from mmpeft.pipeline.cutting import measure
-from mmpeft.pipeline.data import TrainData, load_train, parts_of
+from mmpeft.pipeline.data import TrainData, load_train, one_of_each_media, parts_of
 from mmpeft.pipeline.directory import RunDirectory
 from mmpeft.pipeline.features import keep_features
 from mmpeft.pipeline.inputs import base_hash
@@ -137,7 +137,9 @@ def _fill(
 ) -> dict[str, int]:
     """Run the towers over what is not kept; returns the figures of `Filled`."""
     counts = dict.fromkeys(("media", "present", "written", "refused", "bytes"), 0)
-    shares = [(part, _unlike(part)) for part in parts_of(dataset)]
+    # Of several processes each takes its share.
+    mine = slice(PartialState().process_index, None, PartialState().num_processes)
+    shares = [(part, one_of_each_media(part)[mine]) for part in parts_of(dataset)]
     total = sum(len(indices) for _, indices in shares)
     model: Any = trainer.model
     model.train()
@@ -172,16 +174,6 @@ def _keep(trainer: MultimodalTrainer, cache: FeatureCache, carrier: dict[str, An
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _unlike(part: Any) -> list[int]:
-    """One sample of each media that stand in a file, of those this process takes."""
-    first: dict[int, int] = {}
-    for index in range(len(part)):
-        if key := part.media_key(index):
-            first.setdefault(key, index)
-    state = PartialState()
-    return list(first.values())[state.process_index :: state.num_processes]
 
 
 def _carriers(trainer: MultimodalTrainer, shares: list[tuple[Any, list[int]]]) -> Iterator[dict[str, Any] | None]:

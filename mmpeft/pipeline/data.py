@@ -102,6 +102,15 @@ def parts_of(dataset: TrainData) -> list[Any]:
     return [part.dataset for part in dataset.parts] if isinstance(dataset, Mixture) else [dataset]
 
 
+def one_of_each_media(dataset: Any) -> list[int]:
+    """The first sample of each that are on the same media, of a data set with `media_key`; none without media."""
+    first: dict[int, int] = {}
+    for index in range(len(dataset)):
+        if key := dataset.media_key(index):
+            first.setdefault(key, index)
+    return list(first.values())
+
+
 def count_samples(dataset: TrainData) -> int | None:
     """Samples of an epoch; None where they are not known before they have been read."""
     if isinstance(dataset, StreamedMixture):

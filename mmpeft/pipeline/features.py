@@ -1,6 +1,6 @@
 """A recipe's `data.cache.features` on a stage: whether features are kept, and what that spared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,12 @@ from transformers import TrainingArguments
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.speed import Speedup
 from mmpeft.core.types import Part
+from mmpeft.data.augment import varies_media
 from mmpeft.data.cache_pays import CacheCase, cache_pays
-from mmpeft.data.dataset import MultimodalDataset
 from mmpeft.data.feature_store import FeatureStore, default_directory
-from mmpeft.data.mixture import MixedDataset
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.models.features import FeaturePlan, Unplanned, plan_features
-from mmpeft.pipeline.data import TrainData
+from mmpeft.pipeline.data import TrainData, one_of_each_media
 from mmpeft.training.features import FeatureCache
 from mmpeft.training.trainer import MultimodalTrainer
 
@@ -50,9 +49,7 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
     if not on:
         dataset.keep_features(None)
         return why
-    trainer.features = cache
-    # They are no argument of the model's forward.
-    trainer.args.remove_unused_columns = False
+    trainer.take_features(cache)
     return why
 
 
@@ -74,8 +71,7 @@ def feature_speedup(trainer: MultimodalTrainer, why: str) -> Speedup:
     cache = trainer.features
     if cache is None:
         return Speedup(name=NAME, on=False, why=why)
-    counts = torch.tensor([float(cache.hits), float(cache.misses)], device=trainer.args.device)
-    hits, misses = map(int, trainer.accelerator.reduce(counts, reduction="sum").tolist())
+    hits, misses = trainer.of_all_processes(cache.hits, cache.misses)
     if cache.store.off is not None:
         why = f"{why}; nothing more was kept, for {cache.store.off}"
     return Speedup(
@@ -87,8 +83,7 @@ def feature_speedup(trainer: MultimodalTrainer, why: str) -> Speedup:
 
 
 def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
-    augment = recipe.data.augment
-    if augment is not None and any((augment.crop, augment.colour, augment.flip)):
+    if varies_media(recipe.data.augment):
         return "data.augment varies pictures from epoch to epoch"
     if args.fsdp or args.deepspeed:
         return "the model is spread over processes, and a tower cannot run there by itself"
@@ -102,11 +97,11 @@ def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache:
         return switch, "it was asked for" if switch else f"{NAME} is false"
     if isinstance(dataset, Stream):
         return False, f"a stream does not say how often its media come again; {NAME}: true keeps them"
-    keys = [key for key in map(dataset.media_key, range(len(dataset))) if key]
-    probes = _probes(trainer, dataset)
+    media = one_of_each_media(dataset)
+    probes = _probes(trainer, dataset, media)
     case = CacheCase(
-        media=len(set(keys)),
-        shown=_epochs(recipe, len(dataset)) * len(keys),
+        media=len(media),
+        shown=_epochs(recipe, len(dataset)) * sum(map(bool, map(dataset.media_key, range(len(dataset))))),
         # The directory is that of all runs: what counts is whether it holds what this one asks for.
         found=any(carrier["tensors"] is not None for carrier in probes),
         bytes_each=0,
@@ -122,13 +117,8 @@ def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache:
     return pays, why
 
 
-def _probes(trainer: MultimodalTrainer, dataset: MultimodalDataset | MixedDataset) -> list[dict[str, Any]]:
-    """What batches say of the features of a few samples, spread over the data, which keeps features already."""
-    first: dict[int, int] = {}
-    for index in range(len(dataset)):
-        if key := dataset.media_key(index):
-            first.setdefault(key, index)
-    indices = list(first.values())
+def _probes(trainer: MultimodalTrainer, dataset: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """What batches say of the features of a few samples, spread over these, whose data keeps features already."""
     collate: Any = trainer.data_collator
     chosen = indices[:: max(1, len(indices) // _PROBES)][:_PROBES]
     return [carrier for index in chosen for carrier in collate([dataset[index]]).get("features", ())]

@@ -193,7 +193,7 @@ def run_stage(
             ),
             *cut_speedups(recipe, trainer),
             feature_speedup(trainer, kept),
-            worker_speedup(trainer, served, seconds=figures["seconds"]),
+            worker_speedup(trainer, served, figures),
             texts.speedup(trainer),
             *compute_speedups(recipe, trainer, samples=steps * batch.size),
         )

@@ -1,15 +1,10 @@
 """A recipe's `data.cache.tokens` on a stage: texts tokenised once, and how many that spared."""
 
-from typing import Any
-
-import torch
-
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.speed import Speedup
-from mmpeft.data.mixture import MixedDataset
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.data.token_cache import TokenCache
-from mmpeft.pipeline.data import TrainData
+from mmpeft.pipeline.data import TrainData, parts_of
 from mmpeft.training.trainer import MultimodalTrainer
 
 NAME = "data.cache.tokens"
@@ -24,18 +19,15 @@ class KeptTokens:
 
     def __init__(self, recipe: Recipe, dataset: TrainData) -> None:
         self.why = _obstacle(recipe, dataset)
-        self.caches: list[TokenCache] = []
-        parts: list[Any] = [part.dataset for part in dataset.parts] if isinstance(dataset, MixedDataset) else [dataset]
-        for part in parts if self.why is None else ():
-            self.caches.append(part.keep_tokens())
+        parts = parts_of(dataset) if self.why is None else []
+        self.caches: list[TokenCache] = [part.keep_tokens() for part in parts]
 
     def speedup(self, trainer: MultimodalTrainer) -> Speedup:
         """What was spared in the stage, in all processes; each has to ask."""
         if self.why is not None:
             return Speedup(name=NAME, on=False, why=self.why)
         found, new = (sum(figures) for figures in zip(*(cache.counts() for cache in self.caches), strict=True))
-        counts = torch.tensor([float(found), float(new)], device=trainer.args.device)
-        found, new = map(int, trainer.accelerator.reduce(counts, reduction="sum").tolist())
+        found, new = trainer.of_all_processes(found, new)
         return Speedup(
             name=NAME,
             on=True,

@@ -12,6 +12,7 @@ workers that have nothing left to do cost memory alone, which they share with th
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import PartialState
@@ -82,21 +83,20 @@ def set_workers(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData) 
     return why
 
 
-def worker_speedup(trainer: MultimodalTrainer, why: str, *, seconds: float) -> Speedup:
-    """How a stage that has trained was served, by the process that waited longest; each has to ask.
+def worker_speedup(trainer: MultimodalTrainer, why: str, figures: Mapping[str, float]) -> Speedup:
+    """How a stage that has trained was served, by the process that waited longest.
 
     Args:
         why: what `set_workers` said.
-        seconds: of the stage's training.
+        figures: of the stage: `seconds`, and what `DataWaits.total` says.
     """
     count = trainer.args.dataloader_num_workers
-    waited = trainer.waits.total(trainer.accelerator)
-    share = 100 * waited["data_wait_seconds"] / seconds
+    share = 100 * figures["data_wait_seconds"] / figures["seconds"]
     return Speedup(
         name=NAME,
         on=count > 0,
-        why=f"{why}: {count} worker(s); training waited {waited['data_waits']:,} times, {share:.1f} % of its time",
-        saved={"waits": trainer.waits.fetches - waited["data_waits"]} if count else {},
+        why=f"{why}: {count} worker(s); training waited {figures['data_waits']:,} times, {share:.1f} % of its time",
+        saved={"waits": trainer.waits.fetches - figures["data_waits"]} if count else {},
     )
 
 

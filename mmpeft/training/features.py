@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ class FeatureCache:
         self._waiting: dict[str, Mapping[str, torch.Tensor]] = {}
         self._lock = threading.Lock()
         self._writer: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
 
     @contextlib.contextmanager
     def feeding(self, model: Any, inputs: dict[str, Any], autocast: Callable[[], Any]) -> Iterator[dict[str, Any]]:
@@ -83,9 +82,9 @@ class FeatureCache:
             self._waiting[key] = features
             waiting = sum(tensor.nbytes for each in self._waiting.values() for tensor in each.values())
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="features")
-        self._last = self._writer.submit(self._written, key, features, rest)
+        written = self._writer.submit(self._written, key, features, rest)
         if waiting > _WAITING_BYTES:
-            self._last.result()
+            written.result()
 
     def _written(self, key: str, features: Mapping[str, torch.Tensor], rest: KeptExpansion) -> None:
         try:

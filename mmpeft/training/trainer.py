@@ -72,7 +72,7 @@ class MultimodalTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.learning_rates, self.share_media, self.cut = learning_rates, share_media, cut
-        self.features = features
+        self.features: FeatureCache | None = None
         self.cut_figures: CutFigures | None = None
         self.computing = Computing(self, compute or Compute())
         self.skips: SkipWatch | None = None
@@ -80,8 +80,7 @@ class MultimodalTrainer(Trainer):
         self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
         if features is not None:
-            # They are no argument of the model's forward.
-            self.args.remove_unused_columns = False
+            self.take_features(features)
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
@@ -105,6 +104,12 @@ class MultimodalTrainer(Trainer):
         self._computed = self._padded = 0
         self.tokens_trained = self.samples_trained = self.tokens_computed = self.tokens_padded = 0
         self.add_callback(_EpochOfData(self.train_dataset))
+
+    def take_features(self, features: FeatureCache) -> None:
+        """Train on what is kept from now on; the data set has to keep features in the same store."""
+        self.features = features
+        # They are no argument of the model's forward.
+        self.args.remove_unused_columns = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names, over groups by part where rates by part were given."""
@@ -221,10 +226,15 @@ class MultimodalTrainer(Trainer):
 
     def _count(self) -> tuple[int, int, int, int]:
         """So far and of all processes: samples, their tokens, tokens computed, and those of padded batches."""
-        counts = [float(count) for count in (self._samples, self._tokens, self._computed, self._padded)]
-        counted = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum")
-        samples, tokens, computed, padded = map(int, counted.tolist())
+        samples, tokens, computed, padded = self.of_all_processes(
+            self._samples, self._tokens, self._computed, self._padded
+        )
         return samples, tokens, computed, padded
+
+    def of_all_processes(self, *counts: torch.Tensor | int) -> list[int]:
+        """The sums of these counts over all processes, each of which has to ask."""
+        own = torch.tensor([float(count) for count in counts], device=self.args.device)
+        return [int(count) for count in self.accelerator.reduce(own, reduction="sum").tolist()]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint; where that fails, remove what there is of it and say why.
