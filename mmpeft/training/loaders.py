@@ -1,9 +1,11 @@
 """Loaders whose global batches are the same on any number of processes."""
 
 import contextlib
+import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,8 +119,8 @@ def naming_lost_workers() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        found = _LOST.search(str(error))
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        found = _LOST.search(str(error if isinstance(error, RuntimeError) else _told_since(error)))
         if found is None:
             raise
         if threading.current_thread() is threading.main_thread():
@@ -131,6 +133,28 @@ def naming_lost_workers() -> Iterator[None]:
             "pictures and films (data.max_pixels, data.media)"
         ) from error
 
+
+def _told_since(error: Exception) -> Exception:
+    """What is known of a lost worker after a sample could not be fetched from it; the same error if none was lost.
+
+    Its end may show later than that of what it was sending; and torch tells of one lost worker in a process only, for
+    `naming_lost_workers` takes its signal handler away.
+    """
+    try:
+        for _ in range(_LOOKS):
+            time.sleep(_LOOK_SECONDS)
+            if (gone := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                signalled = gone.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+                how = "is killed by signal" if signalled else "exited unexpectedly with exit code"
+                return RuntimeError(f"DataLoader worker (pid {gone.si_pid}) {how} {gone.si_status}")
+    except RuntimeError as told:
+        return told
+    except ChildProcessError:
+        pass
+    return error
+
+
+_LOOKS, _LOOK_SECONDS = 20, 0.1
 
 _LOST = re.compile(r"DataLoader worker \((pid\S* [^)]*)\) ((?:is killed by|exited unexpectedly)[^.]*)")
 

@@ -151,6 +151,8 @@ class Deadly:
         return self.dataset[index]
 
 
+# Python's own multiprocessing leaves its socket open where the other side dies in the middle of a handshake.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_that_is_killed_ends_training_with_advice(tmp_path, processor, workers):
     data = write_data(tmp_path / "data")
