@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from PIL import Image
+from transformers import TrainerCallback
 
 from tests.tiny import tiny_llava, tiny_processor
 
@@ -79,3 +81,14 @@ def write_project(folder: Path, **changes: object) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+class StopAfter(TrainerCallback):
+    """Breaks off as a kill would, after the given step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

@@ -9,26 +9,16 @@ import sys
 from pathlib import Path
 
 from llamafactory.train.tuner import run_exp
+from rows import as_messages
 from steps import watch
 
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 if work["kind"] != "qwen":
     raise ImportError("LLaMA-Factory has no template that writes this model's conversations as the others do")
 watch(work["result"])
-folder = Path(work["data"])
-samples = [
-    {
-        "messages": [
-            {"role": "user", "content": "<image>" * len(row["images"]) + row["question"]},
-            {"role": "assistant", "content": row["answer"]},
-        ],
-        "images": [str(folder / name) for name in row["images"]],
-    }
-    for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-]
 own = Path(work["output"] + "-data")
 own.mkdir()
-(own / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+(own / "samples.json").write_text(json.dumps(as_messages(work)), encoding="utf-8")
 about = {
     "file_name": "samples.json",
     "formatting": "sharegpt",

@@ -1,27 +1,21 @@
 """A workload of benchmarks/training_speed.py by transformers' own Trainer, padded batches: plain_worker.py WORK.json"""
 
-import contextlib
 import json
 import sys
 from pathlib import Path
 
-with contextlib.suppress(ImportError):
-    import mmpeft  # noqa: F401, which makes a CUDA build of torchvision importable beside a CPU build of torch
+# First, for it makes a CUDA build of torchvision importable beside a CPU build of torch.
+from loading import load, options  # isort: skip
 
 import torch
-from peft import PeftModel
 from PIL import Image
+from rows import read_rows
 from steps import watch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 watch(work["result"])
-processor = AutoProcessor.from_pretrained(work["model"])
-model = AutoModelForImageTextToText.from_pretrained(work["model"], dtype=getattr(torch, work["dtype"]))
-model = PeftModel.from_pretrained(model, work["adapter"], is_trainable=True)
-for parameter in model.parameters():
-    if parameter.requires_grad:
-        parameter.data = parameter.data.float()
+model, processor = load(work)
 folder = Path(work["data"])
 
 
@@ -57,22 +51,5 @@ def collate(rows):
     return {**batch, "labels": labels}
 
 
-arguments = TrainingArguments(
-    output_dir=work["output"],
-    per_device_train_batch_size=work["batch"],
-    num_train_epochs=work["epochs"],
-    learning_rate=work["learning_rate"],
-    lr_scheduler_type="constant",
-    weight_decay=0.0,
-    max_grad_norm=0.0,
-    train_sampling_strategy="sequential",
-    remove_unused_columns=False,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    use_cpu=work["device"] == "cpu",
-    bf16=work["dtype"] == "bfloat16",
-    disable_tqdm=True,
-)
-rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
+arguments = TrainingArguments(**options(work), remove_unused_columns=False)
+Trainer(model=model, args=arguments, train_dataset=read_rows(work), data_collator=collate).train()

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from rows import as_messages
 from steps import watch
 from swift import sft_main
 from swift.trainers import Seq2SeqTrainer  # noqa: F401, swift imports it late, and start-up is not to be measured
@@ -11,19 +12,8 @@ from swift.trainers import Seq2SeqTrainer  # noqa: F401, swift imports it late, 
 TYPES = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 watch(work["result"])
-folder = Path(work["data"])
-samples = [
-    {
-        "messages": [
-            {"role": "user", "content": "<image>" * len(row["images"]) + row["question"]},
-            {"role": "assistant", "content": row["answer"]},
-        ],
-        **({"images": [str(folder / name) for name in row["images"]]} if row["images"] else {}),
-    }
-    for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-]
 data = Path(work["output"] + ".json")
-data.write_text(json.dumps(samples), encoding="utf-8")
+data.write_text(json.dumps(as_messages(work)), encoding="utf-8")
 kind = TYPES[work["kind"]]
 # LLaVA's template has no system text; Qwen2.5-VL's has its usual one.
 system = ("--system", "") if work["kind"] == "llava" else ()
@@ -35,18 +25,9 @@ sft_main(
         *("--torch_dtype", work["dtype"], "--bf16", "true" if work["dtype"] == "bfloat16" else "false"),
         *("--per_device_train_batch_size", str(work["batch"]), "--gradient_accumulation_steps", "1"),
         *("--num_train_epochs", str(work["epochs"]), "--learning_rate", str(work["learning_rate"])),
-        *(
-            "--lr_scheduler_type",
-            "constant",
-            "--weight_decay",
-            "0",
-            "--adam_beta2",
-            "0.999",
-            "--max_grad_norm",
-            "0",
-            "--warmup_ratio",
-            "0",
-        ),
+        *("--lr_scheduler_type", "constant", "--warmup_ratio", "0", "--max_grad_norm", "0"),
+        # Its own second moment is that of 0.95; the others' is torch's.
+        *("--weight_decay", "0", "--adam_beta2", "0.999"),
         *("--gradient_checkpointing", "false", "--attn_impl", "sdpa", "--split_dataset_ratio", "0"),
         *("--logging_steps", "1", "--save_strategy", "no", "--dataloader_num_workers", "0"),
         *("--use_cpu", "true" if work["device"] == "cpu" else "false"),

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 import mmpeft
 from mmpeft import Recipe
@@ -19,7 +18,7 @@ from mmpeft.training.callbacks import read_metrics
 from mmpeft.training.trainer import MultimodalTrainer
 from tests.families.qwen import tiny_qwen2_5_vl
 from tests.plain import ENVIRONMENT
-from tests.project import TWO_STAGES, write_project
+from tests.project import TWO_STAGES, StopAfter, write_project
 
 STAGES = [{**TWO_STAGES[1], "max_steps": None, "epochs": 2}]
 
@@ -103,15 +102,6 @@ def test_samples_longer_than_the_budget_are_named_before_anything_is_trained(tmp
     assert not (tmp_path / "run" / "stages").exists()
     losses, _ = run(path, "data.max_length=100")
     assert len(losses) == 6
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

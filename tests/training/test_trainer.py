@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from mmpeft import MultimodalCollator, MultimodalTrainer, get_peft_model, load_dataset
 from mmpeft.core.errors import OutputError, RecipeError
@@ -11,7 +11,7 @@ from mmpeft.training.callbacks import MetricsFile, read_metrics
 from mmpeft.training.computing import Compute
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.resume import last_checkpoint
-from tests.project import write_data
+from tests.project import StopAfter, write_data
 from tests.tiny import tiny_llava
 
 TRAIN = {"projector": "full", "language": {"r": 4}}
@@ -164,17 +164,6 @@ def test_all_samples_are_counted_whether_or_not_a_step_is_logged(tmp_path, datas
     assert trainer.tokens_trained > 22
 
 
-class Stop(TrainerCallback):
-    """Breaks off as a kill would, after the given step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     ("train", "carried"),
     [
@@ -195,7 +184,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path,
             args=arguments(folder, save_strategy="steps", save_steps=2),
             train_dataset=dataset,
             data_collator=MultimodalCollator(processor),
-            callbacks=[MetricsFile(folder / "metrics.jsonl"), *([Stop(stop)] if stop else [])],
+            callbacks=[MetricsFile(folder / "metrics.jsonl"), *([StopAfter(stop)] if stop else [])],
         )
         trainer.train(resume_from_checkpoint=resume)
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -245,7 +234,7 @@ def test_the_data_set_knows_its_epoch_from_the_start_and_where_a_run_goes_on(tmp
         )
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(callbacks=[Stop(step + 1)]).train()
+        trainer(callbacks=[StopAfter(step + 1)]).train()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert [resumed.train_dataset.seen.count(epoch) for epoch in (0, 1)] == left
