@@ -24,6 +24,10 @@ class ComputeConfig(Block):
     unless the stage's `trainer` block has `activation_checkpointing`."""
     spare_casts: bool = True
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
+    fuse_lora: bool = True
+    """Add LoRA's products to the layer's own in place, where layers run uncompiled on one whole set of weights."""
+    block_attention: bool = True
+    """In bfloat16 on a CPU that has instructions for it, compute attention of packed rows in large matrix products."""
     spare_cache: bool = True
     """Keep no keys and values for generation while training."""
     spare_mask: bool = True

@@ -10,7 +10,7 @@ samples need.
 import contextlib
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from mmpeft.core.errors import ModelError
 from mmpeft.core.tree import Segment, Tree
 from mmpeft.families.registry import family_of
 from mmpeft.models.base import base_of
+from mmpeft.models.block_attention import block_attention, blocks_pay
 from mmpeft.models.slots import Seen
 
 NAME = "mmpeft_tree"
@@ -67,6 +68,7 @@ def tree_attention(
     sliding_window: int | None = None,
     tree: Tree | None = None,
     seen: Seen | None = None,
+    blocks: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers' `AttentionInterface`.
@@ -76,6 +78,7 @@ def tree_attention(
         tree: the row's samples; None for a batch as any other.
         seen: of a step of many answers (`mmpeft.models.slots`), what each one's token sees; query: [answers, heads, 1,
             channels].
+        blocks: compute in large matrix products where that is faster (`mmpeft.models.block_attention`).
 
     Returns:
         [1, tokens, heads, channels], and None for the weights.
@@ -103,18 +106,37 @@ def tree_attention(
                 for shared, own in zip(before[run.parent], (keys, values), strict=True)
             )
         mask = _mask(tree, run, sliding_window, query)
-        found = scaled_dot_product_attention(
-            _stacked(queries, run),
-            keys,
-            values,
-            mask,
-            dropout,
-            mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        attend = _in_blocks if blocks and not dropout and blocks_pay(query) else _by_torch
+        found = attend(_stacked(queries, run), keys, values, mask, dropout=dropout, scaling=scaling)
         pieces.append(found.transpose(1, 2).flatten(0, 1))
     return torch.cat(pieces)[None], None
+
+
+def _by_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    return block_attention(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,19 +219,20 @@ def _tree_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 @cache
-def _uncompiled() -> Any:
+def _uncompiled(blocks: bool) -> Any:
     # It follows the samples of a row: compiled, each row would be a program of its own.
-    return torch.compiler.disable(tree_attention)
+    return torch.compiler.disable(partial(tree_attention, blocks=blocks))
 
 
 @contextlib.contextmanager
-def tree_attention_on(model: Any) -> Iterator[None]:
+def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
     """Let the language model of `model` take rows of several samples (`tree=`); its towers stay as they are.
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
+        blocks: compute in large matrix products where that is faster.
     """
-    AttentionInterface.register(NAME, _uncompiled())
+    AttentionInterface.register(NAME, _uncompiled(blocks))
     AttentionMaskInterface.register(NAME, _tree_mask)
     base: Any = base_of(model)
     text = base.config.get_text_config()

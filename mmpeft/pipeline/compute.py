@@ -41,6 +41,8 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
         chunked_loss=None if switch == "auto" else switch,
         compile=why_uncompiled(recipe, model, args, samples=samples) is None,
         spare_casts=recipe.compute.spare_casts,
+        fuse_lora=recipe.compute.fuse_lora,
+        block_attention=recipe.compute.block_attention,
         spare_cache=recipe.compute.spare_cache,
         spare_mask=recipe.compute.spare_mask,
     )
@@ -91,6 +93,8 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
         _supervised(recipe, trainer, head),
         _chunked(recipe, trainer, head),
         _casts(recipe, trainer),
+        _fused(trainer),
+        _blocked(trainer),
         _cache(recipe, trainer),
         _mask(trainer),
         Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
@@ -139,6 +143,19 @@ def _casts(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
     asked = recipe.compute.spare_casts
     why = "no LoRA runs in half precision by autocast" if asked else "compute.spare_casts is false"
     return Speedup(name=name, on=False, why=why)
+
+
+def _fused(trainer: MultimodalTrainer) -> Speedup:
+    name, layers = "compute.fuse_lora", trainer.computing.fused
+    if layers:
+        saved = {"tensors a forward": float(3 * layers)}
+        return Speedup(name=name, on=True, why="LoRA's products are added in place", saved=saved)
+    return Speedup(name=name, on=False, why=trainer.computing.why_unfused() or "no layer has plain LoRA")
+
+
+def _blocked(trainer: MultimodalTrainer) -> Speedup:
+    why = trainer.computing.why_unblocked()
+    return Speedup(name="compute.block_attention", on=why is None, why=why or "attention runs in large matrix products")
 
 
 def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:

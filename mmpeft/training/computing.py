@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.packing import PackedCollator
 from mmpeft.models.base import base_of
+from mmpeft.models.block_attention import blocks_pay
 from mmpeft.models.compiled import layers_compiled
+from mmpeft.models.fused_lora import lora_fused
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.mask_free import needs_mask, without_mask
 from mmpeft.models.spared_casts import casts_spared
@@ -25,6 +28,8 @@ class Compute:
         chunked_loss: whether logits and loss are computed a chunk of positions at a time; None: where they are many.
         compile: run the language model's layers compiled.
         spare_casts: give LoRA its inputs as they are where autocast is on.
+        fuse_lora: add LoRA's products in place where layers are not compiled and weights are whole.
+        block_attention: compute attention of packed rows in large matrix products where that is faster.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
         spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
     """
@@ -32,6 +37,8 @@ class Compute:
     chunked_loss: bool | None = None
     compile: bool = False
     spare_casts: bool = True
+    fuse_lora: bool = True
+    block_attention: bool = True
     spare_cache: bool = True
     spare_mask: bool = True
 
@@ -42,12 +49,13 @@ class Computing:
     Attributes:
         head: what the language-model head was spared while training; None before.
         uncast: layers whose inputs were not cast to and fro.
+        fused: layers whose LoRA was added in place.
     """
 
     def __init__(self, trainer: Any, compute: Compute) -> None:
         self.trainer, self.compute = trainer, compute
         self.head: HeadFigures | None = None
-        self.uncast = 0
+        self.uncast = self.fused = 0
         self._on = False
 
     @contextlib.contextmanager
@@ -64,13 +72,15 @@ class Computing:
             if self.why_masked() is None:
                 stack.callback(model.register_forward_pre_hook(without_mask, with_kwargs=True).remove)
             if isinstance(self.trainer.data_collator, PackedCollator):
-                stack.enter_context(tree_attention_on(model))
+                stack.enter_context(tree_attention_on(model, blocks=self.compute.block_attention))
             if self._known():
                 self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
             if self.compute.compile:
                 stack.enter_context(layers_compiled(model))
             if self.compute.spare_casts and self.trainer.accelerator.native_amp:
                 self.uncast = stack.enter_context(casts_spared(model))
+            if self.why_unfused() is None:
+                self.fused = stack.enter_context(lora_fused(model))
             self._on = True
             try:
                 yield
@@ -80,6 +90,25 @@ class Computing:
     def spares_cache(self) -> bool:
         """Whether keys and values are let go."""
         return self.compute.spare_cache and self._known() and unchunkable(self.trainer.model) is None
+
+    def why_unfused(self) -> str | None:
+        """Why LoRA is not added in place; None if it is, where a layer is plain."""
+        if not self.compute.fuse_lora:
+            return "compute.fuse_lora is false"
+        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+            return "weights are spread over processes"
+        return "compiled layers fuse it themselves" if self.compute.compile else None
+
+    def why_unblocked(self) -> str | None:
+        """Why attention is left to PyTorch's kernel; None if it is computed in large matrix products."""
+        if not self.compute.block_attention:
+            return "compute.block_attention is false"
+        if not isinstance(self.trainer.data_collator, PackedCollator):
+            return "batches are not packed"
+        half = self.trainer.args.bf16 or base_of(self.trainer.model).dtype is torch.bfloat16
+        if half and blocks_pay(torch.empty(0, dtype=torch.bfloat16, device=self.trainer.args.device)):
+            return None
+        return "it is faster in bfloat16 only, on a CPU that has instructions for it"
 
     def why_masked(self) -> str | None:
         """Why batches go through the model with a mask; None if they go without."""

@@ -3,12 +3,14 @@
 import shutil
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 import mmpeft
 from mmpeft import Recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import read_json
+from mmpeft.models.block_attention import blocks_pay
 from mmpeft.pipeline.compute import plan_compute, why_uncompiled
 from mmpeft.training.callbacks import read_metrics
 from tests.families.qwen import QWEN
@@ -33,6 +35,8 @@ def plain(tmp_path_factory):
         "chunked_loss": False,
         "checkpointing": False,
         "spare_casts": False,
+        "fuse_lora": False,
+        "block_attention": False,
         "spare_cache": False,
         "compile": False,
     }
@@ -53,6 +57,7 @@ def test_everything_off_says_so(plain):
         ({}, "compute.supervised_only", "logits"),
         ({"chunked_loss": True}, "compute.chunked_loss", None),
         ({"checkpointing": True}, "compute.checkpointing", None),
+        ({"fuse_lora": True}, "compute.fuse_lora", None),
     ],
 )
 def test_each_switch_gives_the_losses_of_none(tmp_path, plain, switches, on, saved):
@@ -91,7 +96,7 @@ def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
             tmp_path,
             stages=[{**TWO_STAGES[1], "max_steps": 3}],
             dtype="bfloat16",
-            compute={"spare_casts": spared},
+            compute={"spare_casts": spared, "fuse_lora": False},
             output=str(tmp_path / str(spared)),
         )
         mmpeft.run(Recipe.from_yaml(path))
@@ -100,6 +105,28 @@ def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
         named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
         assert named["compute.spare_casts"]["on"] is spared
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(
+    not blocks_pay(torch.zeros(1, dtype=torch.bfloat16)), reason="the processor has no bfloat16 instructions"
+)
+def test_half_precision_attends_in_large_products_unless_told_not_to(tmp_path):
+    found = []
+    for blocks in (False, True):
+        path = write_project(
+            tmp_path,
+            stages=[{**TWO_STAGES[1], "max_steps": 3}],
+            dtype="bfloat16",
+            compute={"block_attention": blocks},
+            output=str(tmp_path / str(blocks)),
+        )
+        mmpeft.run(Recipe.from_yaml(path))
+        stage = next((tmp_path / str(blocks) / "stages").iterdir())
+        found.append([row["loss"] for row in read_metrics(stage / "metrics.jsonl")])
+        named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
+        assert named["compute.block_attention"]["on"] is blocks
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
 def test_chunks_are_refused_by_name_where_nobody_has_looked_at_the_logits(tmp_path):

@@ -35,7 +35,13 @@ PACKABLE = {name: family_of(make()[0]).packable for name, make in FIRST_CLASS.it
 
 OFF = {
     "batch": {"packing": False, "share_media": False, "balance": False},
-    "compute": {"supervised_only": False, "chunked_loss": False, "spare_cache": False, "checkpointing": False},
+    "compute": {
+        "supervised_only": False,
+        "chunked_loss": False,
+        "fuse_lora": False,
+        "spare_cache": False,
+        "checkpointing": False,
+    },
     "cache": {"features": False, "tokens": False},
     "data": {"workers": 0},
 }
@@ -50,11 +56,12 @@ FEATURES = {
     "features": {"cache": {"features": True}},
     "texts": {"cache": {"tokens": True}},
     "workers": {"data": {"workers": 1}},
+    "fuse_lora": {"compute": {"fuse_lora": True}},
     "spare_cache": {"compute": {"spare_cache": True}},
     "checkpointing": {"compute": {"checkpointing": True}},
     "all": {
         "batch": {"packing": True, "share_media": True, "tokens": BUDGET, "balance": True},
-        "compute": {"supervised_only": True, "chunked_loss": True, "spare_cache": True},
+        "compute": {"supervised_only": True, "chunked_loss": True, "fuse_lora": True, "spare_cache": True},
         "cache": {"features": True, "tokens": True},
         "data": {"workers": "auto"},
     },
@@ -68,6 +75,7 @@ REPORTED = {
     "features": "data.cache.features",
     "texts": "data.cache.tokens",
     "workers": "data.workers",
+    "fuse_lora": "compute.fuse_lora",
     "spare_cache": "compute.spare_cache",
     "checkpointing": "compute.checkpointing",
 }
