@@ -49,9 +49,10 @@ $(BENCH_STAMP): $(STAMP)
 	rm -f .venv/.bench-*
 	touch $@
 
+# BENCH: more of its flags, such as BENCH="--all --compiled --rounds 1".
 bench-peers: $(BENCH_STAMP) $(SWIFT)/.ready $(LLAMA_FACTORY)/.ready ## Training speed against TRL, ms-swift and LLaMA-Factory
-	$(BIN)/python benchmarks/training_speed.py --results benchmarks/results/training_speed_peers.json \
-		--swift $(SWIFT)/bin/python --llama-factory $(LLAMA_FACTORY)/bin/python
+	$(BIN)/python benchmarks/training_speed.py \
+		--swift $(SWIFT)/bin/python --llama-factory $(LLAMA_FACTORY)/bin/python $(BENCH)
 
 $(SWIFT)/.ready: benchmarks/peers/requirements-swift.txt
 	$(PYTHON) -m venv $(@D)
