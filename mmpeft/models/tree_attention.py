@@ -2,7 +2,8 @@
 
 Every segment sees itself up to each token, and all of the segment that it stands on. It runs segment by segment through
 `scaled_dot_product_attention` (those of one length beside each other together), so that what is computed is what the
-samples need.
+samples need. Where the device has a kernel for samples of unequal length, the whole row is one call of it
+(`mmpeft.models.varlen_attention`).
 
 `tree_attention_on` sets it up through transformers' own registries; a forward without `tree` runs as under "sdpa".
 """
@@ -27,6 +28,7 @@ from mmpeft.families.registry import family_of
 from mmpeft.models.base import base_of
 from mmpeft.models.block_attention import block_attention, blocks_pay
 from mmpeft.models.slots import Seen
+from mmpeft.models.varlen_attention import kernel_for, varlen_attention
 
 NAME = "mmpeft_tree"
 
@@ -78,7 +80,8 @@ def tree_attention(
         tree: the row's samples; None for a batch as any other.
         seen: of a step of many answers (`mmpeft.models.slots`), what each one's token sees; query: [answers, heads, 1,
             channels].
-        blocks: compute in large matrix products where that is faster (`mmpeft.models.block_attention`).
+        blocks: compute in large matrix products where that is faster (`mmpeft.models.block_attention`), or in one call
+            where the device can.
 
     Returns:
         [1, tokens, heads, channels], and None for the weights.
@@ -90,6 +93,9 @@ def tree_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    kernel = kernel_for(query, tree, dropout) if blocks else None
+    if kernel is not None:
+        return varlen_attention(kernel, query, key, value, tree, scale=scaling, window=sliding_window), None
     runs = _runs(tree)
     lengths = [run.count * run.length for run in runs]
     # One split, and so one gradient of the whole row, however many samples stand in it.
@@ -230,7 +236,7 @@ def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
-        blocks: compute in large matrix products where that is faster.
+        blocks: compute in large matrix products, or a row in one call, where that is faster.
     """
     AttentionInterface.register(NAME, _uncompiled(blocks))
     AttentionMaskInterface.register(NAME, _tree_mask)
