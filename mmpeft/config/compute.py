@@ -12,7 +12,7 @@ class ComputeConfig(Block):
     """How a step is computed."""
 
     supervised_only: bool = True
-    """Compute logits where a label is predicted, not at every token."""
+    """Compute logits, and the last layer's feed-forward part, where a label is predicted, not at every token."""
     chunked_loss: Switch = "auto"
     """Compute logits and their loss a chunk of positions at a time, so that they never stand in memory at once; `auto`:
     where they would hold more than 2^26 numbers."""

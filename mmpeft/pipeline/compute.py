@@ -109,8 +109,11 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
 def _supervised(recipe: Recipe, trainer: MultimodalTrainer, head: HeadFigures) -> Speedup:
     name = "compute.supervised_only"
     if getattr(trainer.data_collator, "supervised_only", False):
-        saved = {"logits": float(head.positions - head.kept)}
-        return Speedup(name=name, on=True, why="logits are computed where a label is predicted", saved=saved)
+        saved, why = {"logits": float(head.positions - head.kept)}, "logits are computed where a label is predicted"
+        if last := trainer.computing.last:
+            saved["tokens of the last feed-forward"] = float(last.tokens - last.kept)
+            why = "logits and the last layer's feed-forward part are computed where a label is predicted"
+        return Speedup(name=name, on=True, why=why, saved=saved)
     if not recipe.compute.supervised_only:
         return Speedup(name=name, on=False, why="compute.supervised_only is false")
     smoothed = trainer.args.label_smoothing_factor

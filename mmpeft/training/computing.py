@@ -15,6 +15,7 @@ from mmpeft.models.block_attention import blocks_pay
 from mmpeft.models.compiled import layers_compiled
 from mmpeft.models.fused_lora import lora_fused
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
+from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last_layer_spared
 from mmpeft.models.mask_free import needs_mask, without_mask
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import tree_attention_on
@@ -48,6 +49,7 @@ class Computing:
 
     Attributes:
         head: what the language-model head was spared while training; None before.
+        last: what its last layer was spared; None where nothing.
         uncast: layers whose inputs were not cast to and fro.
         fused: layers whose LoRA was added in place.
     """
@@ -55,6 +57,7 @@ class Computing:
     def __init__(self, trainer: Any, compute: Compute) -> None:
         self.trainer, self.compute = trainer, compute
         self.head: HeadFigures | None = None
+        self.last: LastLayerFigures | None = None
         self.uncast = self.fused = 0
         self._on = False
 
@@ -73,6 +76,9 @@ class Computing:
                 stack.callback(model.register_forward_pre_hook(without_mask, with_kwargs=True).remove)
             if isinstance(self.trainer.data_collator, PackedCollator):
                 stack.enter_context(tree_attention_on(model, blocks=self.compute.block_attention))
+            if self.why_last_whole() is None:
+                # Before the hooks of the loss, which take from some forwards what it goes by.
+                self.last = stack.enter_context(last_layer_spared(model))
             if self._known():
                 self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
             if self.compute.compile:
@@ -109,6 +115,14 @@ class Computing:
         if half and blocks_pay(torch.empty(0, dtype=torch.bfloat16, device=self.trainer.args.device)):
             return None
         return "it is faster in bfloat16 only, on a CPU that has instructions for it"
+
+    def why_last_whole(self) -> str | None:
+        """Why the last layer's feed-forward part is computed at every position; None if it is not."""
+        if not getattr(self.trainer.data_collator, "supervised_only", False):
+            return "logits are computed everywhere"
+        if self.compute.compile:
+            return "layers run compiled"
+        return last_layer_obstacle(self.trainer.model) if self._known() else "the model is none of transformers"
 
     def why_masked(self) -> str | None:
         """Why batches go through the model with a mask; None if they go without."""

@@ -53,7 +53,7 @@ def test_evaluation_inside_training_puts_nothing_on_twice(tmp_path):
             assert hooks() == once
         assert hooks() == once
     assert before == hooks() == (0, 0, 0)
-    assert once == (3, 1, 1)
+    assert once == (4, 1, 1)
 
 
 def test_metrics_read_whole_logits(tmp_path):
