@@ -191,7 +191,9 @@ def _varlen_attn() -> Callable[..., Any] | None:
 def _flash_takes(query: torch.Tensor) -> bool:
     """By the conditions of flash attention in torch's `sdp_utils.cpp`."""
     channels = query.shape[-1]
-    if torch.version.hip is not None or channels % 8 or channels > 256 or _varlen_attn() is None:
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    if channels % 8 or channels > 256 or _varlen_attn() is None:
         return False
     major, minor = torch.cuda.get_device_capability(query.device)
     # The backward of more than 192 channels needs the shared memory of the large chips: not 8.6, 8.9 or 12.x.

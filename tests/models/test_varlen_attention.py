@@ -149,7 +149,12 @@ def query_on(kind, dtype=torch.bfloat16, channels=64):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def flash_built(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+
+
+@pytest.fixture
+def hopper(flash_built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
@@ -226,9 +231,14 @@ def test_no_kernel_takes_what_none_can(kind, hopper, npu):
     ("chip", "channels", "taken"),
     [((7, 5), 64, False), ((8, 0), 256, True), ((8, 6), 192, True), ((8, 6), 256, False), ((12, 0), 256, False)],
 )
-def test_chips_that_flash_attention_does_not_run_on_are_left_out(monkeypatch, chip, channels, taken):
+def test_chips_that_flash_attention_does_not_run_on_are_left_out(flash_built, monkeypatch, chip, channels, taken):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
     assert kernel_for(query_on("cuda", channels=channels), DRAWN, 0.0) is (cuda_kernel if taken else None)
+
+
+def test_a_torch_built_without_flash_attention_goes_on_segment_by_segment(hopper, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert kernel_for(query_on("cuda"), DRAWN, 0.0) is None
 
 
 def before_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=()):
