@@ -1,16 +1,17 @@
 """Texts that were laid out and tokenised before: the same conversation comes up again in every epoch and stage.
 
     turns                            ->  the chat template's text, and where answers and media stand in it
-    turns, what replaces the media   ->  input_ids (4 bytes a token), what is labelled (1), where media stand
+    turns, what replaces the media   ->  input_ids, which of them are labelled, where media stand
 
 Both depend on nothing else but the processor, whose chat template is part of the key. So an alternative wording, or a
 picture that takes another number of tokens, has a place of its own, and a cut to `max_length` comes afterwards.
 """
 
 import hashlib
-import sys
+import pickle
+import zlib
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,44 +26,46 @@ from mmpeft.data.labels import (
     expanded,
     label_conversation,
 )
+from mmpeft.data.shared_table import SharedTable
 from mmpeft.data.types import Turn
 
 LIMIT_BYTES = 256 << 20
-"""Memory of what one process keeps: about 150,000 samples of 250 tokens."""
+"""Memory of what a training process and its workers keep together, compressed: some 400,000 samples of 250 tokens."""
 
 _SLOTS = 65
 """Processes that count apart: the training process and 64 workers."""
 
-_OVERHEAD = 400
-"""Bytes of an entry beside its text or tokens: key, tuples and places."""
-
-
-class _Tokens(NamedTuple):
-    input_ids: np.ndarray
-    labelled: np.ndarray
-    media: tuple[tuple[int, int], ...]
-
 
 class TokenCache:
-    """What one data file's texts become. Every process has its own; forked workers share what was there before.
+    """What one data file's texts become: each is laid out and tokenised by one worker, for all workers and epochs.
 
+    A training process and the workers that it forks share one `SharedTable`; spawned workers have each their own.
     Once `limit_bytes` are taken nothing more is kept and nothing is given up: samples come round in turn, so that
     what was given up for another would be the next to be asked for.
 
     Args:
-        limit_bytes: memory that a process keeps.
+        limit_bytes: memory of all these processes together.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
-        self.limit_bytes, self.held_bytes = limit_bytes, 0
-        self._conversations: dict[bytes, Conversation] = {}
-        self._tokens: dict[bytes, _Tokens] = {}
+        self._table = SharedTable(limit_bytes)
         # Found and not found, a row a process: shared memory in which none writes where another does.
         self._counts = torch.zeros(_SLOTS, 2, dtype=torch.int64).share_memory_()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a spawned worker: the counts, and nothing of what is kept."""
-        return {**vars(self), "_conversations": {}, "_tokens": {}, "held_bytes": 0}
+    @property
+    def limit_bytes(self) -> int:
+        """Memory that it may take."""
+        return self._table.size
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it takes, in all processes together."""
+        return self._table.held_bytes
+
+    @property
+    def full(self) -> bool:
+        """Whether anything found no room."""
+        return self._table.refused > 0
 
     def counts(self) -> tuple[int, int]:
         """Of all processes that hold this cache: texts whose tokens were there, and texts that were tokenised."""
@@ -76,35 +79,36 @@ class TokenCache:
     def conversation(self, processor: Any, turns: Sequence[Turn]) -> Conversation:
         """As `conversation_of`, errors included."""
         key = _key(processor, turns)
-        known = self._conversations.get(key)
-        if known is None:
-            known = conversation_of(processor, turns)
-            if self._takes(sys.getsizeof(known.text)):
-                self._conversations[key] = known
-        return known
+        known = self._get(key)
+        if known is not None:
+            return Conversation(text=known[0], spans=known[1], media=known[2])
+        found = conversation_of(processor, turns)
+        self._put(key, (found.text, found.spans, found.media))
+        return found
 
     def labelled(
         self, processor: Any, turns: Sequence[Turn], conversation: Conversation, replacements: Sequence[str]
     ) -> LabelledTokens:
         """The tokens of a conversation whose media are replaced so; errors as `label_conversation`."""
         key = _key(processor, turns, tuple(replacements))
-        known = self._tokens.get(key)
+        known = self._get(key)
         self._count(known is not None)
         if known is not None:
-            labels = np.where(known.labelled, known.input_ids, IGNORE_INDEX)
-            return LabelledTokens(input_ids=known.input_ids.tolist(), labels=labels.tolist(), media=known.media)
+            ids, labelled = np.frombuffer(known[0], dtype=np.int32), np.frombuffer(known[1], dtype=np.bool_)
+            labels = np.where(labelled, ids, IGNORE_INDEX)
+            return LabelledTokens(input_ids=ids.tolist(), labels=labels.tolist(), media=known[2])
         tokens = label_conversation(processor, expanded(conversation, replacements), answers_of(turns))
-        ids = np.array(tokens.input_ids, dtype=np.int32)
-        labelled = np.array(tokens.labels, dtype=np.int32) != IGNORE_INDEX
-        if self._takes(ids.nbytes + labelled.nbytes):
-            self._tokens[key] = _Tokens(ids, labelled, tokens.media)
+        ids, labels = np.array(tokens.input_ids, dtype=np.int32), np.array(tokens.labels, dtype=np.int32)
+        self._put(key, (ids.tobytes(), (labels != IGNORE_INDEX).tobytes(), tokens.media))
         return tokens
 
-    def _takes(self, size: int) -> bool:
-        if self.held_bytes + size + _OVERHEAD > self.limit_bytes:
-            return False
-        self.held_bytes += size + _OVERHEAD
-        return True
+    def _get(self, key: bytes) -> tuple[Any, ...] | None:
+        value = self._table.get(key)
+        return None if value is None else pickle.loads(zlib.decompress(value))
+
+    def _put(self, key: bytes, value: tuple[Any, ...]) -> None:
+        # A picture's tokens are one token many times over.
+        self._table.put(key, zlib.compress(pickle.dumps(value), level=1))
 
     def _count(self, found: bool) -> None:
         info = get_worker_info()

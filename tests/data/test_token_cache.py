@@ -79,16 +79,17 @@ def test_errors_are_those_without_it_each_time(processor):
 
 def test_it_stops_at_its_limit_and_what_it_holds_goes_on_being_used(processor):
     samples = [sample_of(f"{number}?", "yes") for number in range(20)]
-    cache = TokenCache(limit_bytes=6_000)
+    cache = TokenCache(limit_bytes=3_000)
     for _ in range(2):
         for sample in samples:
             assert equal(
                 encode_sample(processor, sample, Media(), cache=cache), encode_sample(processor, sample, Media())
             )
-            assert cache.held_bytes <= 6_000
+            assert cache.held_bytes <= 3_000
     found, new = cache.counts()
     assert 0 < found < 20 < new
     assert found + new == 40
+    assert cache.full
 
 
 @pytest.fixture
@@ -102,19 +103,36 @@ def test_workers_count_together_and_a_spawned_one_gets_no_texts(path, processor)
     expected = [dataset[index] for index in range(len(dataset))]
     cache = dataset.keep_tokens()
     empty = len(pickle.dumps(cache))
-    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
     for epoch in range(2):
         assert all(equal(*pair) for pair in zip(loader, expected, strict=True))
-        # Texts of two rows may be the same.
         assert sum(cache.counts()) == (epoch + 1) * len(dataset)
+    # Texts of two rows may be the same.
     assert cache.counts()[0] >= len(dataset)
-    assert cache.held_bytes == 0
-    list(map(dataset.__getitem__, range(4)))
     assert cache.held_bytes > 0
+    assert not cache.full
     assert len(pickle.dumps(cache)) < empty + 100
     assert pickle.loads(pickle.dumps(cache)).held_bytes == 0
     assert dataset.keep_tokens() is cache
     assert cache.counts() == (0, 0)
+    # What workers tokenised the training process knows, and so do the workers of the next stage.
+    for again in (DataLoader(dataset, batch_size=None), DataLoader(dataset, batch_size=None, num_workers=2)):
+        assert all(equal(*pair) for pair in zip(again, expected, strict=True))
+    assert cache.counts() == (2 * len(dataset), 0)
+
+
+def test_each_worker_takes_what_another_tokenised(path, processor):
+    dataset = load_dataset(path, media_root=path.parent / "images", processor=processor)
+    cache = dataset.keep_tokens()
+    count, texts = len(dataset), len({repr(dataset.sample(index).turns) for index in range(len(dataset))})
+    # In the second epoch every sample comes to the other worker.
+    for order in (list(range(count)), [1, 0, *range(3, count), 2]):
+        loader = DataLoader(dataset, batch_sampler=[[index] for index in order], num_workers=2, collate_fn=len)
+        assert len(list(loader)) == count
+        if order[0] == 0:
+            assert cache.counts()[1] <= texts + count // 2
+            first = cache.counts()[1]
+    assert cache.counts() == (2 * count - first, first)
 
 
 def test_other_wordings_are_kept_apart(path, processor):

@@ -117,7 +117,7 @@ def test_the_next_step_is_made_ahead_as_far_as_memory_should_go(workers, accumul
     assert prefetch_factor(workers=workers, accumulation=accumulation) == factor
 
 
-@pytest.mark.parametrize(("workers", "count"), [("auto", 1), (0, 0)])
+@pytest.mark.parametrize(("workers", "count"), [("auto", 1), (2, 2), (0, 0)])
 def test_a_stage_says_how_it_was_served(films, tmp_path, workers, count):
     losses(films, tmp_path / "run", workers=workers, cache={"tokens": bool(count)})
     figures = json.loads((tmp_path / "run" / "stages" / "01-stage" / "stage.json").read_text())["figures"]
