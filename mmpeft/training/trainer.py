@@ -22,6 +22,7 @@ from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.checkpoint import remove_directory, write_peft_files
 from mmpeft.models.positions import with_positions
 from mmpeft.models.tree_attention import check_attention
+from mmpeft.training.ahead import ReadAhead, taken_ahead
 from mmpeft.training.computing import Compute, Computing
 from mmpeft.training.features import FeatureCache, fed
 from mmpeft.training.loaders import (
@@ -77,6 +78,7 @@ class MultimodalTrainer(Trainer):
         self.computing = Computing(self, compute or Compute())
         self.skips: SkipWatch | None = None
         self.waits = DataWaits()
+        self._ahead: ReadAhead | None = None
         self._resumed_from: Any = None
         super().__init__(*args, **kwargs)
         if features is not None:
@@ -104,6 +106,7 @@ class MultimodalTrainer(Trainer):
         self._computed = self._padded = 0
         self.tokens_trained = self.samples_trained = self.tokens_computed = self.tokens_padded = 0
         self.add_callback(_EpochOfData(self.train_dataset))
+        self.add_callback(_EndOfEpoch(self))
 
     def take_features(self, features: FeatureCache) -> None:
         """Train on what is kept from now on; the data set has to keep features in the same store."""
@@ -154,16 +157,25 @@ class MultimodalTrainer(Trainer):
         Raises:
             DataError: a sample cannot be used, or too many of a stream were left out.
         """
-        batches = self.waits.watch(epoch_iterator)
+        self._ahead = taken_ahead(epoch_iterator, self._ahead, num_batches)
+        batches = self.waits.watch(self._ahead or epoch_iterator)
         if self.skips is not None:
             batches = self.skips.unpack(batches)
         try:
             found = super().get_batch_samples(batches, num_batches, device)
         except DataError as error:
             raise from_worker(error) from None
+        if self._ahead is not None:
+            self._ahead.refill()
         if self.skips is not None:
             self.skips.check((self.state.global_step + 1) * self._step_size())
         return found
+
+    def end_reading(self) -> None:
+        """Read no further ahead: at the end of an epoch, and of training."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _step_size(self) -> int:
         """Samples of a step, of all processes."""
@@ -218,6 +230,7 @@ class MultimodalTrainer(Trainer):
                 result = super().train(*args, **kwargs)
             finally:
                 hook.remove()
+                self.end_reading()
                 end_workers(self.callback_handler.train_dataloader)
                 if self.features is not None:
                     self.features.close()
@@ -298,6 +311,16 @@ def _labelled(inputs: Mapping[str, Any]) -> torch.Tensor | int:
     """Samples of a padded batch; a blank, which stands where a process has no sample, has no label."""
     labels = inputs.get("labels")
     return len(inputs["input_ids"]) if labels is None else (labels != IGNORE_INDEX).any(dim=1).sum()
+
+
+class _EndOfEpoch(TrainerCallback):
+    """Ends reading ahead before the next epoch asks the same workers."""
+
+    def __init__(self, trainer: MultimodalTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.end_reading()
 
 
 class _EpochOfData(TrainerCallback):
