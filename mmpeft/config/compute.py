@@ -27,7 +27,9 @@ class ComputeConfig(Block):
     fuse_lora: bool = True
     """Add LoRA's products to the layer's own in place, where layers run uncompiled on one whole set of weights."""
     block_attention: bool = True
-    """In bfloat16 on a CPU that has instructions for it, compute attention of packed rows in large matrix products."""
+    """In half precision, compute attention of a packed row at once: in large matrix products on a CPU that has
+    instructions for bfloat16, in one call of a kernel for rows of several lengths on CUDA and Ascend (not run there
+    yet)."""
     spare_cache: bool = True
     """Keep no keys and values for generation while training."""
     spare_mask: bool = True

@@ -251,6 +251,15 @@ def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
         base.set_attn_implementation({key: before})
 
 
+def at_once(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether rows of `model` are computed in one call or in large products, not by SDPA a sample at a time."""
+    text: Any = base_of(model).config.get_text_config()
+    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query = torch.empty(1, 1, 1, channels, dtype=dtype, device=device)
+    row = Tree(segments=(Segment(start=0, end=1),), samples=1, tokens=1, padded=1)
+    return blocks_pay(query) or kernel_for(query, row, 0.0) is not None
+
+
 def row_obstacle(model: Any, what: str) -> str | None:
     """Why several of `what` ("samples", "prompts") cannot share a row of a model; None if they can."""
     spec, text = family_of(model), model.config.get_text_config()

@@ -158,7 +158,7 @@ def _fused(trainer: MultimodalTrainer) -> Speedup:
 
 def _blocked(trainer: MultimodalTrainer) -> Speedup:
     why = trainer.computing.why_unblocked()
-    return Speedup(name="compute.block_attention", on=why is None, why=why or "attention runs in large matrix products")
+    return Speedup(name="compute.block_attention", on=why is None, why=why or "a row's attention is computed at once")
 
 
 def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:

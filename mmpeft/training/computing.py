@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.packing import PackedCollator
 from mmpeft.models.base import base_of
-from mmpeft.models.block_attention import blocks_pay
 from mmpeft.models.compiled import layers_compiled
 from mmpeft.models.fused_lora import lora_fused
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last_layer_spared
 from mmpeft.models.mask_free import needs_mask, without_mask
 from mmpeft.models.spared_casts import casts_spared
-from mmpeft.models.tree_attention import tree_attention_on
+from mmpeft.models.tree_attention import at_once, tree_attention_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +105,14 @@ class Computing:
         return "compiled layers fuse it themselves" if self.compute.compile else None
 
     def why_unblocked(self) -> str | None:
-        """Why attention is left to PyTorch's kernel; None if it is computed in large matrix products."""
+        """Why attention runs a sample at a time; None if a row is computed at once."""
         if not self.compute.block_attention:
             return "compute.block_attention is false"
         if not isinstance(self.trainer.data_collator, PackedCollator):
             return "batches are not packed"
-        half = self.trainer.args.bf16 or base_of(self.trainer.model).dtype is torch.bfloat16
-        if half and blocks_pay(torch.empty(0, dtype=torch.bfloat16, device=self.trainer.args.device)):
-            return None
-        return "it is faster in bfloat16 only, on a CPU that has instructions for it"
+        args, own = self.trainer.args, base_of(self.trainer.model).dtype
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else own
+        return None if at_once(self.trainer.model, dtype, args.device) else "there is no kernel for it here"
 
     def why_last_whole(self) -> str | None:
         """Why the last layer's feed-forward part is computed at every position; None if it is not."""
