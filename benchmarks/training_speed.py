@@ -9,15 +9,15 @@ peers run their own best settings that are exact (benchmarks/peers). Every progr
 round, and they take turns. The clock starts with the model loaded and nothing read, an empty cache included, and stops
 behind the last step; where a case has several epochs, mmpeft also runs one alone, and a peer's first epoch is held
 against it. Losses are compared step for step: above 1e-3 of each other in float32, or 2e-2 in bfloat16, the run ends
-and nothing is written. Useful FLOP are defined in benchmarks/workload/flops.py; the matrix product is measured in each
-round. Peak memory is that of the training process, or of the GPU's allocator.
+and nothing of that round is written. Useful FLOP are defined in benchmarks/workload/flops.py; the matrix product is
+measured in each round. Peak memory is that of the training process, or of the GPU's allocator.
 
 torch.compile is off in runs as short as these (`compute.compile: auto`), for it takes tens of seconds once a run. With
 `--compiled`, mmpeft also runs with it, and its first step, in which it compiles, counts as much as the second.
 
 `--device cuda --size 0.5b|3b|7b` does the same on a GPU in bfloat16, with absolute samples/s and FLOP/s; it has
 not been run on hardware yet.
-Writes benchmarks/results/training_speed.json and .md; the figure to trust is the ratio.
+Writes benchmarks/results/training_speed.json and .md, anew after each round; the figure to trust is the ratio.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,12 @@ class Rounds:
         return rows
 
 
-def measure(options: argparse.Namespace, cases: list[Case], programs: list[Program]) -> dict[str, Any]:
-    """All rounds of all cases; after the first, only rounds that still fit in `options.minutes`."""
+def measure(options: argparse.Namespace, cases: list[Case], programs: list[Program]) -> Iterator[dict[str, Any]]:
+    """All rounds of all cases; after the first, only rounds that still fit in `options.minutes`.
+
+    Yields:
+        After each round what was found so far, for it takes long, and may be broken off.
+    """
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary:
         runs = []
@@ -109,8 +114,12 @@ def measure(options: argparse.Namespace, cases: list[Case], programs: list[Progr
                     continue
                 _say(f"{run.prepared.case.name}, round {number + 1}")
                 run.add(backwards=bool(number % 2))
-        left_out = {f"{run.prepared.case.name}, {name}": why for run in runs for name, why in run.left_out.items()}
-        return {"rows": [row for run in runs for row in run.rows()], "left_out": left_out}
+                yield _so_far([run for run in runs if run.found])
+
+
+def _so_far(runs: list[Rounds]) -> dict[str, Any]:
+    left_out = {f"{run.prepared.case.name}, {name}": why for run in runs for name, why in run.left_out.items()}
+    return {"rows": [row for run in runs for row in run.rows()], "left_out": left_out}
 
 
 def _programs(options: argparse.Namespace) -> list[Program]:
@@ -177,20 +186,19 @@ def main() -> None:
     """Measure, compare, write, print."""
     options = _options()
     programs = _programs(options)
-    found = measure(options, _cases(options), programs)
-    where = hardware(torch.device(options.device))
     facts = {
         "command": "make bench-peers" if options.swift else "python benchmarks/training_speed.py",
-        "hardware": where,
+        "hardware": hardware(torch.device(options.device)),
         "versions": versions(),
         "programs": {program.name: program.version for program in programs[1:]},
         "size": options.size,
-        **found,
     }
-    page = markdown(found["rows"], facts)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    options.results.with_suffix(".md").write_text(page, encoding="utf-8")
+    page = ""
+    for found in measure(options, _cases(options), programs):
+        page = markdown(found["rows"], {**facts, **found})
+        options.results.write_text(json.dumps({**facts, **found}, indent=2) + "\n", encoding="utf-8")
+        options.results.with_suffix(".md").write_text(page, encoding="utf-8")
     sys.stdout.write(page)
 
 
