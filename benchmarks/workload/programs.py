@@ -60,6 +60,10 @@ class Prepared:
     scratch: Path
 
 
+_CANNOT = ("ModuleNotFoundError", "PackageNotFoundError", "ImportError", "RecipeError: compute.compile")
+"""Errors that say that a program, or a way to run it, is not for this machine or model."""
+
+
 class Missing(Exception):
     """A program cannot run a case here; says why."""
 
@@ -166,7 +170,7 @@ def run_worker(program: Program, work: dict[str, Any], scratch: Path) -> dict[st
     if process.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip()
         last = said.rpartition("\n")[2][:300]
-        if any(error in last for error in ("ModuleNotFoundError", "PackageNotFoundError", "ImportError")):
+        if any(error in last for error in _CANNOT):
             raise Missing(f"{program.name} cannot run here: {last}")
         sys.exit(f"{program.name} failed:\n{said[-4000:]}")
     found = json.loads(result.read_text(encoding="utf-8"))
