@@ -63,9 +63,10 @@ class _Blocks(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             keys, values = key.flatten(0, 1), value.flatten(0, 1)
             for start, end, seen in _blocks(queries, key.shape[2], mask):
-                folded = _folded(query[:, :, start:end], key.shape[1])
-                weight = _weights(folded, keys[:, :seen], _own_mask(mask, start, end, seen, query.device), scale)
-                out[:, :, start:end] = _unfolded(torch.bmm(weight, values[:, :seen]), query[:, :, start:end])
+                part = query[:, :, start:end]
+                own_mask = _own_mask(mask, start, end, seen, query.device)
+                weight = _weights(_folded(part, key.shape[1]), keys[:, :seen], own_mask, scale)
+                out[:, :, start:end] = torch.bmm(weight, values[:, :seen]).view(part.shape)
                 if kept:
                     weights.append(weight)
         ctx.save_for_backward(query, key, value, mask, *weights)
@@ -85,7 +86,8 @@ class _Blocks(torch.autograd.Function):
         of_key, of_value = torch.zeros_like(keys, dtype=total), torch.zeros_like(values, dtype=total)
         with torch.autocast("cpu", enabled=False):
             for number, (start, end, seen) in enumerate(blocks):
-                folded = _folded(query[:, :, start:end], groups)
+                part = query[:, :, start:end]
+                folded = _folded(part, groups)
                 weight = (
                     weights[number]
                     if weights
@@ -95,7 +97,7 @@ class _Blocks(torch.autograd.Function):
                 of_value[:, :seen] += torch.bmm(weight.transpose(1, 2), out)
                 of_weight = torch.bmm(out, values[:, :seen].transpose(1, 2))
                 scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype).mul_(ctx.scale)
-                of_query[:, :, start:end] = _unfolded(torch.bmm(scores, keys[:, :seen]), query[:, :, start:end])
+                of_query[:, :, start:end] = torch.bmm(scores, keys[:, :seen]).view(part.shape)
                 of_key[:, :seen] += torch.bmm(scores.transpose(1, 2), folded)
         of_key, of_value = (each.to(key.dtype).view(key.shape) for each in (of_key, of_value))
         return of_query, of_key, of_value, None, None
@@ -128,7 +130,3 @@ def _folded(query: torch.Tensor, groups: int) -> torch.Tensor:
     """[rows, heads, queries, channels] as [rows x groups, heads of a group x queries, channels]."""
     rows, heads, queries, channels = query.shape
     return query.reshape(rows * groups, heads // groups * queries, channels)
-
-
-def _unfolded(folded: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    return folded.view(query.shape)

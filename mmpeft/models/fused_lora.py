@@ -25,7 +25,7 @@ def lora_fused(model: torch.nn.Module) -> Iterator[int]:
     Yields:
         How many layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, Linear) and _plain(module)]
+    layers = [module for module in model.modules() if type(module) is Linear and _plain(module)]
     for layer in layers:
         # On the instance, as accelerate's hooks do.
         layer.forward = _fused(layer, layer.forward)  # type: ignore[method-assign]
@@ -40,8 +40,7 @@ def _plain(layer: Linear) -> bool:
     base = layer.base_layer
     parts: list[Any] = [base, *layer.lora_A.values(), *layer.lora_B.values()]
     return (
-        type(layer) is Linear
-        and "forward" not in vars(layer)
+        "forward" not in vars(layer)
         and not (layer.lora_variant or any(layer.lora_bias.values()))
         and all(type(each) is torch.nn.Identity for each in layer.lora_dropout.values())
         and all(type(part) is torch.nn.Linear and not _hooked(part) for part in parts)

@@ -112,13 +112,13 @@ def tree_attention(
                 for shared, own in zip(before[run.parent], (keys, values), strict=True)
             )
         mask = _mask(tree, run, sliding_window, query)
-        attend = _in_blocks if blocks and not dropout and blocks_pay(query) else _by_torch
-        found = attend(_stacked(queries, run), keys, values, mask, dropout=dropout, scaling=scaling)
+        stacked = _stacked(queries, run)
+        found = _attended(stacked, keys, values, mask, dropout=dropout, scaling=scaling, blocks=blocks)
         pieces.append(found.transpose(1, 2).flatten(0, 1))
     return torch.cat(pieces)[None], None
 
 
-def _by_torch(
+def _attended(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -126,23 +126,14 @@ def _by_torch(
     *,
     dropout: float,
     scaling: float | None,
+    blocks: bool,
 ) -> torch.Tensor:
+    if blocks and not dropout and blocks_pay(query):
+        return block_attention(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
         query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
     )
-
-
-def _in_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
-    return block_attention(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,8 @@ class Compute:
         compile: run the language model's layers compiled.
         spare_casts: give LoRA its inputs as they are where autocast is on.
         fuse_lora: add LoRA's products in place where layers are not compiled and weights are whole.
-        block_attention: compute attention of packed rows in large matrix products where that is faster.
+        block_attention: compute attention of a packed row at once, in large matrix products or one call of a kernel,
+            where the device has it.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
         spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
     """

@@ -89,44 +89,37 @@ def test_a_family_whose_forward_computes_every_logit_is_spared_them_too(tmp_path
     assert named["compute.supervised_only"]["saved"]["logits"] > 100
 
 
-def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
+def half_precision(folder, switch, **compute):
+    """Losses in bfloat16 with a switch of the block off, and on; the records say which."""
     found = []
-    for spared in (False, True):
+    for on in (False, True):
         path = write_project(
-            tmp_path,
+            folder,
             stages=[{**TWO_STAGES[1], "max_steps": 3}],
             dtype="bfloat16",
-            compute={"spare_casts": spared, "fuse_lora": False},
-            output=str(tmp_path / str(spared)),
+            compute={**compute, switch: on},
+            output=str(folder / str(on)),
         )
         mmpeft.run(Recipe.from_yaml(path))
-        stage = next((tmp_path / str(spared) / "stages").iterdir())
+        stage = next((folder / str(on) / "stages").iterdir())
         found.append([row["loss"] for row in read_metrics(stage / "metrics.jsonl")])
         named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
-        assert named["compute.spare_casts"]["on"] is spared
-    assert found[0] == found[1]
+        assert named[f"compute.{switch}"]["on"] is on
+    return found
+
+
+def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
+    casting, spared = half_precision(tmp_path, "spare_casts", fuse_lora=False)
+    assert casting == spared
 
 
 @pytest.mark.skipif(
     not blocks_pay(torch.zeros(1, dtype=torch.bfloat16)), reason="the processor has no bfloat16 instructions"
 )
 def test_half_precision_attends_in_large_products_unless_told_not_to(tmp_path):
-    found = []
-    for blocks in (False, True):
-        path = write_project(
-            tmp_path,
-            stages=[{**TWO_STAGES[1], "max_steps": 3}],
-            dtype="bfloat16",
-            compute={"block_attention": blocks},
-            output=str(tmp_path / str(blocks)),
-        )
-        mmpeft.run(Recipe.from_yaml(path))
-        stage = next((tmp_path / str(blocks) / "stages").iterdir())
-        found.append([row["loss"] for row in read_metrics(stage / "metrics.jsonl")])
-        named = {each["name"]: each for each in read_json(stage / "stage.json")["figures"]["speedups"]}
-        assert named["compute.block_attention"]["on"] is blocks
-    assert found[0] != found[1]
-    assert found[0] == pytest.approx(found[1], rel=1e-2)
+    by_torch, in_blocks = half_precision(tmp_path, "block_attention")
+    assert by_torch != in_blocks
+    assert by_torch == pytest.approx(in_blocks, rel=1e-2)
 
 
 def test_chunks_are_refused_by_name_where_nobody_has_looked_at_the_logits(tmp_path):
