@@ -101,7 +101,9 @@ def plan_cut(
     )
     accumulation = batch.accumulation
     if recipe.batch.tokens is not None:
-        fullest = fullest_step(order, bounds, costs, math.ceil(steps / len(order)))
+        epochs = math.ceil(steps / len(order))
+        # A feature cache may spare the towers; how many micro-batches a step has is settled before that is known.
+        fullest = max(fullest_step(order, bounds, each, epochs) for each in {costs, without_towers(costs)})
         accumulation = math.ceil(fullest / batch.processes)
     return Cut(steps=order, bounds=bounds, costs=costs, accumulation=accumulation)
 
@@ -124,6 +126,11 @@ def cost_model(model: Any, plan: TrainingPlan) -> CostModel:
     passes = max(2, _PASSES[language.state])
     vision = towers * _patches_a_token(base.config) / max(1, language.parameters * passes)
     return CostModel(attention=1 / (6 * hidden), vision=vision)
+
+
+def without_towers(costs: CostModel) -> CostModel:
+    """What samples cost where a cache has what the towers would give."""
+    return dataclasses.replace(costs, vision=0.0)
 
 
 def _patches_a_token(config: Any) -> float:

@@ -16,6 +16,7 @@ from mmpeft.data.cache_pays import CacheCase, cache_pays
 from mmpeft.data.feature_store import FeatureStore, default_directory
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.models.features import FeaturePlan, Unplanned, plan_features
+from mmpeft.pipeline.cutting import without_towers
 from mmpeft.pipeline.data import TrainData, one_of_each_media
 from mmpeft.training.features import FeatureCache
 from mmpeft.training.trainer import MultimodalTrainer
@@ -45,11 +46,13 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
     store = FeatureStore(recipe.data.cache.directory or default_directory(), recipe.data.cache.limit_bytes)
     cache = FeatureCache(plan, store)
     dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
-    on, why = _pays(recipe, trainer, dataset, cache)
+    on, why, mostly = _pays(recipe, stage, trainer, dataset, cache)
     if not on:
         dataset.keep_features(None)
         return why
     trainer.take_features(cache)
+    if mostly and trainer.cut is not None:
+        trainer.cut = replace(trainer.cut, costs=without_towers(trainer.cut.costs))
     return why
 
 
@@ -90,31 +93,41 @@ def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
     return None
 
 
-def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache: FeatureCache) -> tuple[bool, str]:
-    """Whether features are worth keeping, and why; the first process decides for all."""
+def _pays(
+    recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: TrainData, cache: FeatureCache
+) -> tuple[bool, str, bool]:
+    """Whether features are worth keeping, why, and whether the stage finds most of them kept; one decides for all."""
     switch = recipe.data.cache.features
-    if switch != "auto":
-        return switch, "it was asked for" if switch else f"{NAME} is false"
     if isinstance(dataset, Stream):
-        return False, f"a stream does not say how often its media come again; {NAME}: true keeps them"
+        said = f"a stream does not say how often its media come again; {NAME}: true keeps them"
+        return (False, said, False) if switch == "auto" else (switch, _asked(switch), False)
+    if switch is False:
+        return False, _asked(switch), False
     media = one_of_each_media(dataset)
     probes = _probes(trainer, dataset, media)
+    with_media = sum(map(bool, map(dataset.media_key, range(len(dataset)))))
     case = CacheCase(
         media=len(media),
-        shown=_epochs(recipe, len(dataset)) * sum(map(bool, map(dataset.media_key, range(len(dataset))))),
+        shown=_epochs(recipe, len(dataset)) * with_media,
         # The directory is that of all runs: what counts is whether it holds what this one asks for.
         found=any(carrier["tensors"] is not None for carrier in probes),
         bytes_each=0,
         limit_bytes=cache.store.limit_bytes,
         free_bytes=cache.store.free_bytes(),
     )
-    pays, why = cache_pays(case)
-    if pays:
+    all_found = bool(probes) and all(carrier["tensors"] is not None for carrier in probes)
+    mostly = all_found or 2 * case.media <= _passes(recipe, stage, len(dataset)) * with_media
+    pays, why = (True, _asked(switch)) if switch is True else cache_pays(case)
+    if pays and switch == "auto":
         # Only then is it worth running the towers on a few.
         pays, why = cache_pays(replace(case, bytes_each=_bytes_each(trainer, cache, probes)))
     if trainer.args.world_size > 1:
-        pays, why = broadcast_object_list([pays, why])
-    return pays, why
+        pays, why, mostly = broadcast_object_list([pays, why, mostly])
+    return pays, why, mostly
+
+
+def _asked(switch: bool) -> str:
+    return "it was asked for" if switch else f"{NAME} is false"
 
 
 def _probes(trainer: MultimodalTrainer, dataset: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -138,9 +151,12 @@ def _bytes_each(trainer: MultimodalTrainer, cache: FeatureCache, probes: list[di
 
 def _epochs(recipe: Recipe, samples: int) -> float:
     """How often all stages with frozen towers show each sample together."""
-    stages = [stage for stage in recipe.stages if _towers_frozen(stage)]
-    size = recipe.batch.size
-    return sum(stage.max_steps * size / samples if stage.max_steps else stage.epochs for stage in stages)
+    return sum(_passes(recipe, stage, samples) for stage in recipe.stages if _towers_frozen(stage))
+
+
+def _passes(recipe: Recipe, stage: StageConfig, samples: int) -> float:
+    """How often a stage shows each sample."""
+    return stage.max_steps * recipe.batch.size / samples if stage.max_steps else stage.epochs
 
 
 def _towers_frozen(stage: StageConfig) -> bool:

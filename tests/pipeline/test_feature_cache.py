@@ -16,6 +16,7 @@ from mmpeft import Recipe
 from mmpeft.config.shipped import find_recipe
 from mmpeft.core.files import read_json
 from mmpeft.training.callbacks import read_metrics
+from mmpeft.training.trainer import MultimodalTrainer
 from tests.project import TWO_STAGES, write_project
 
 LANGUAGE_ALONE = [TWO_STAGES[0], {**TWO_STAGES[1], "train": {"language": {"r": 4}}, "learning_rate": 1e-2}]
@@ -87,6 +88,26 @@ def test_stages_and_runs_share_features_and_follow_the_losses_without(tmp_path, 
     assert_same(losses, plain)
     assert [misses(each) for each in second] == [0, 0]
     assert entries(tmp_path) == kept
+
+
+def test_steps_are_cut_by_the_towers_cost_only_until_they_rest(tmp_path, monkeypatch):
+    trainers = []
+    train = MultimodalTrainer.train
+
+    def watched(self, *args, **kwargs):
+        trainers.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultimodalTrainer, "train", watched)
+    # The first stage shows each sample once; the second finds all that it takes.
+    stages = [{**TWO_STAGES[0], "max_steps": 3}, {**TWO_STAGES[1], "max_steps": 1}]
+    path = project(tmp_path, stages=stages)
+    run(path, "off", "data.cache.features=false")
+    run(path, "first", "data.cache.features=true")
+    run(path, "second", "data.cache.features=true")
+    towers = [trainer.cut.costs.vision for trainer in trainers]
+    assert min(towers[:2]) > 0
+    assert towers[2:] == [towers[0], 0, 0, 0]
 
 
 @pytest.mark.slow
