@@ -81,9 +81,10 @@ class _Blocks(torch.autograd.Function):
         of_query = torch.empty_like(query)
         blocks = list(_blocks(queries, key.shape[2], mask))
         keys, values = key.flatten(0, 1), value.flatten(0, 1)
-        # Sums over several blocks are rounded once, at the end.
-        total = torch.float32 if len(blocks) > 1 else key.dtype
-        of_key, of_value = torch.zeros_like(keys, dtype=total), torch.zeros_like(values, dtype=total)
+        of_key = of_value = torch.empty(0)
+        if len(blocks) > 1:
+            # Their sums are rounded once, at the end.
+            of_key, of_value = (torch.zeros_like(each, dtype=torch.float32) for each in (keys, values))
         with torch.autocast("cpu", enabled=False):
             for number, (start, end, seen) in enumerate(blocks):
                 part = query[:, :, start:end]
@@ -94,11 +95,16 @@ class _Blocks(torch.autograd.Function):
                     else _weights(folded, keys[:, :seen], _own_mask(mask, start, end, seen, query.device), ctx.scale)
                 )
                 out = _folded(gradient[:, :, start:end], groups)
-                of_value[:, :seen] += torch.bmm(weight.transpose(1, 2), out)
+                own_value = torch.bmm(weight.transpose(1, 2), out)
                 of_weight = torch.bmm(out, values[:, :seen].transpose(1, 2))
                 scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype).mul_(ctx.scale)
                 of_query[:, :, start:end] = torch.bmm(scores, keys[:, :seen]).view(part.shape)
-                of_key[:, :seen] += torch.bmm(scores.transpose(1, 2), folded)
+                own_key = torch.bmm(scores.transpose(1, 2), folded)
+                if len(blocks) > 1:
+                    of_key[:, :seen] += own_key
+                    of_value[:, :seen] += own_value
+                else:
+                    of_key, of_value = own_key, own_value
         of_key, of_value = (each.to(key.dtype).view(key.shape) for each in (of_key, of_value))
         return of_query, of_key, of_value, None, None
 
@@ -113,16 +119,17 @@ def _blocks(queries: int, keys: int, mask: torch.Tensor | None) -> Iterator[tupl
 
 
 def _own_mask(mask: torch.Tensor | None, start: int, end: int, seen: int, device: torch.device) -> torch.Tensor:
-    """[queries, seen keys] of a block, in float32."""
+    """[queries, seen keys] of a block."""
     if mask is not None:
-        return mask[start:end].float()
+        return mask[start:end]
     return torch.full((end - start, seen), -torch.inf, device=device).triu_(start + 1)
 
 
 def _weights(folded: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """[rows x groups, heads of a group x queries, keys] in half precision."""
-    repeated = mask.repeat(folded.shape[1] // mask.shape[0], 1)
-    scores = torch.baddbmm(repeated, folded.float(), keys.transpose(1, 2).float(), alpha=scale)
+    batch, queries, _ = folded.shape
+    scores = mask.new_empty(batch, queries // mask.shape[0], *mask.shape, dtype=torch.float32).copy_(mask).flatten(1, 2)
+    scores.baddbmm_(folded.float(), keys.transpose(1, 2).float(), alpha=scale)
     return torch.softmax(scores, -1).to(folded.dtype)
 
 
