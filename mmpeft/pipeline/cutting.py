@@ -103,7 +103,8 @@ def plan_cut(
     if recipe.batch.tokens is not None:
         epochs = math.ceil(steps / len(order))
         # A feature cache may spare the towers; how many micro-batches a step has is settled before that is known.
-        fullest = max(fullest_step(order, bounds, each, epochs) for each in {costs, without_towers(costs)})
+        possible = {costs} if recipe.data.cache.features is False else {costs, without_towers(costs)}
+        fullest = max(fullest_step(order, bounds, each, epochs) for each in possible)
         accumulation = math.ceil(fullest / batch.processes)
     return Cut(steps=order, bounds=bounds, costs=costs, accumulation=accumulation)
 
