@@ -82,7 +82,8 @@ class _Blocks(torch.autograd.Function):
         blocks = list(_blocks(queries, key.shape[2], mask))
         keys, values = key.flatten(0, 1), value.flatten(0, 1)
         of_key = of_value = torch.empty(0)
-        if len(blocks) > 1:
+        several = len(blocks) > 1
+        if several:
             # Their sums are rounded once, at the end.
             of_key, of_value = (torch.zeros_like(each, dtype=torch.float32) for each in (keys, values))
         with torch.autocast("cpu", enabled=False):
@@ -100,7 +101,7 @@ class _Blocks(torch.autograd.Function):
                 scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype).mul_(ctx.scale)
                 of_query[:, :, start:end] = torch.bmm(scores, keys[:, :seen]).view(part.shape)
                 own_key = torch.bmm(scores.transpose(1, 2), folded)
-                if len(blocks) > 1:
+                if several:
                     of_key[:, :seen] += own_key
                     of_value[:, :seen] += own_value
                 else:

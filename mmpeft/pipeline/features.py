@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -22,6 +22,8 @@ from mmpeft.training.features import FeatureCache
 from mmpeft.training.trainer import MultimodalTrainer
 
 NAME = "data.cache.features"
+
+_Decided = TypeVar("_Decided")
 
 _PROBES = 3
 """Samples by which the bytes of all features are estimated."""
@@ -46,12 +48,12 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
     store = FeatureStore(recipe.data.cache.directory or default_directory(), recipe.data.cache.limit_bytes)
     cache = FeatureCache(plan, store)
     dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
-    on, why, mostly = _pays(recipe, stage, trainer, dataset, cache)
+    on, why = _for_all(trainer, _pays(recipe, trainer, dataset, cache))
     if not on:
         dataset.keep_features(None)
         return why
     trainer.take_features(cache)
-    if mostly and trainer.cut is not None:
+    if trainer.cut is not None and _for_all(trainer, _towers_rest(recipe, stage, trainer, dataset)):
         trainer.cut = replace(trainer.cut, costs=without_towers(trainer.cut.costs))
     return why
 
@@ -93,37 +95,50 @@ def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
     return None
 
 
-def _pays(
-    recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: TrainData, cache: FeatureCache
-) -> tuple[bool, str, bool]:
-    """Whether features are worth keeping, why, and whether the stage finds most of them kept; one decides for all."""
+def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache: FeatureCache) -> tuple[bool, str]:
+    """Whether features are worth keeping, and why."""
     switch = recipe.data.cache.features
+    if switch != "auto":
+        return switch, _asked(switch)
     if isinstance(dataset, Stream):
-        said = f"a stream does not say how often its media come again; {NAME}: true keeps them"
-        return (False, said, False) if switch == "auto" else (switch, _asked(switch), False)
-    if switch is False:
-        return False, _asked(switch), False
+        return False, f"a stream does not say how often its media come again; {NAME}: true keeps them"
     media = one_of_each_media(dataset)
     probes = _probes(trainer, dataset, media)
-    with_media = sum(map(bool, map(dataset.media_key, range(len(dataset)))))
     case = CacheCase(
         media=len(media),
-        shown=_epochs(recipe, len(dataset)) * with_media,
+        shown=_epochs(recipe, len(dataset)) * _with_media(dataset),
         # The directory is that of all runs: what counts is whether it holds what this one asks for.
         found=any(carrier["tensors"] is not None for carrier in probes),
         bytes_each=0,
         limit_bytes=cache.store.limit_bytes,
         free_bytes=cache.store.free_bytes(),
     )
-    all_found = bool(probes) and all(carrier["tensors"] is not None for carrier in probes)
-    mostly = all_found or 2 * case.media <= _passes(recipe, stage, len(dataset)) * with_media
-    pays, why = (True, _asked(switch)) if switch is True else cache_pays(case)
-    if pays and switch == "auto":
+    pays, why = cache_pays(case)
+    if pays:
         # Only then is it worth running the towers on a few.
         pays, why = cache_pays(replace(case, bytes_each=_bytes_each(trainer, cache, probes)))
+    return pays, why
+
+
+def _towers_rest(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: Any) -> bool:
+    """Whether a stage finds most features kept: by runs before it, or because it shows its media more than once."""
+    media = one_of_each_media(dataset)
+    if 2 * len(media) <= _passes(recipe, stage, len(dataset)) * _with_media(dataset):
+        return True
+    probes = _probes(trainer, dataset, media)
+    return bool(probes) and all(carrier["tensors"] is not None for carrier in probes)
+
+
+def _with_media(dataset: Any) -> int:
+    """Samples that have a picture, a film or a recording."""
+    return sum(map(bool, map(dataset.media_key, range(len(dataset)))))
+
+
+def _for_all(trainer: MultimodalTrainer, decided: _Decided) -> _Decided:
+    """What the first process decided, whose directory may not be that of the others."""
     if trainer.args.world_size > 1:
-        pays, why, mostly = broadcast_object_list([pays, why, mostly])
-    return pays, why, mostly
+        [decided] = broadcast_object_list([decided])
+    return decided
 
 
 def _asked(switch: bool) -> str:
