@@ -1,24 +1,33 @@
 """A workload of benchmarks/training_speed.py by LLaMA-Factory: llama_factory_worker.py WORKLOAD.json
 
-Qwen2.5-VL alone: its template for LLaVA 1.5 is not LLaVA's own (another system text), so the tokens would differ.
-Not run yet: 0.9.5 does not start beside a CPU build of torch (it imports torchaudio, whose build there is for CUDA).
+Its template for LLaVA 1.5 has a system text that the others lack, so one without is registered, by its own function.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import beside_cpu  # noqa: F401, before what imports torchvision and torchaudio
+
+from llamafactory.data.formatter import StringFormatter  # isort: skip
+from llamafactory.data.mm_plugin import get_mm_plugin
+from llamafactory.data.template import register_template
 from llamafactory.train.tuner import run_exp
 from rows import as_messages
 from steps import watch
 
+TEMPLATES = {"llava": "llava_without_system", "qwen": "qwen2_vl"}
+MARKS = {"llava": "<image>\n", "qwen": "<image>"}
+register_template(
+    name=TEMPLATES["llava"],
+    format_user=StringFormatter(slots=["USER: {{content}}\nASSISTANT:"]),
+    mm_plugin=get_mm_plugin(name="llava", image_token="<image>"),
+)
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-if work["kind"] != "qwen":
-    raise ImportError("LLaMA-Factory has no template that writes this model's conversations as the others do")
 watch(work["result"])
 own = Path(work["output"] + "-data")
 own.mkdir()
-(own / "samples.json").write_text(json.dumps(as_messages(work)), encoding="utf-8")
+(own / "samples.json").write_text(json.dumps(as_messages(work, MARKS[work["kind"]])), encoding="utf-8")
 about = {
     "file_name": "samples.json",
     "formatting": "sharegpt",
@@ -33,7 +42,7 @@ run_exp(
         "finetuning_type": "lora",
         "model_name_or_path": work["model"],
         "adapter_name_or_path": work["adapter"],
-        "template": "qwen2_vl",
+        "template": TEMPLATES[work["kind"]],
         "dataset": "samples",
         "dataset_dir": str(own),
         "cutoff_len": 8192,

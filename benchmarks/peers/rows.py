@@ -9,13 +9,13 @@ def read_rows(work):
     return json.loads((Path(work["data"]) / "rows.json").read_text(encoding="utf-8"))
 
 
-def as_messages(work):
-    """The samples as ms-swift and LLaMA-Factory take them; `images` only where there are any."""
+def as_messages(work, mark="<image>"):
+    """The samples as ms-swift and LLaMA-Factory take them, with `mark` for each picture; `images` only where any."""
     folder = Path(work["data"])
     return [
         {
             "messages": [
-                {"role": "user", "content": "<image>" * len(row["images"]) + row["question"]},
+                {"role": "user", "content": mark * len(row["images"]) + row["question"]},
                 {"role": "assistant", "content": row["answer"]},
             ],
             **({"images": [str(folder / name) for name in row["images"]]} if row["images"] else {}),

@@ -4,9 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from rows import as_messages
+import beside_cpu  # noqa: F401, before what imports torchvision
+
+from rows import as_messages  # isort: skip
 from steps import watch
 from swift import sft_main
+from swift.template import TEMPLATE_MAPPING
 from swift.trainers import Seq2SeqTrainer  # noqa: F401, swift imports it late, and start-up is not to be measured
 
 TYPES = {"llava": "llava1_5_hf", "qwen": "qwen2_5_vl"}
@@ -15,6 +18,9 @@ watch(work["result"])
 data = Path(work["output"] + ".json")
 data.write_text(json.dumps(as_messages(work)), encoding="utf-8")
 kind = TYPES[work["kind"]]
+if work["kind"] == "qwen":
+    # Its own has a newline there, and a label on it.
+    TEMPLATE_MAPPING[kind].suffix = ["<|im_end|>"]
 # LLaVA's template has no system text; Qwen2.5-VL's has its usual one.
 system = ("--system", "") if work["kind"] == "llava" else ()
 sft_main(
