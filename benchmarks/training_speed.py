@@ -9,8 +9,9 @@ peers run their own best settings that are exact (benchmarks/peers). Every progr
 round, and they take turns. The clock starts with the model loaded and nothing read, an empty cache included, and stops
 behind the last step; where a case has several epochs, mmpeft also runs one alone, and a peer's first epoch is held
 against it. Losses are compared step for step: above 1e-3 of each other in float32, or 2e-2 in bfloat16, the run ends
-and nothing of that round is written. Useful FLOP are defined in benchmarks/workload/flops.py; the matrix product is
-measured in each round. Peak memory is that of the training process, or of the GPU's allocator.
+and nothing of that round is written (a second or third peer is left out instead, by name). Useful FLOP are defined in
+benchmarks/workload/flops.py; the matrix product is measured in each round. Peak memory is that of the training process,
+or of the GPU's allocator.
 
 torch.compile is off in runs as short as these (`compute.compile: auto`), for it takes tens of seconds once a run. With
 `--compiled`, mmpeft also runs with it, and its first step, in which it compiles, counts as much as the second.
@@ -37,7 +38,7 @@ import torch
 from workload.cases import CASES, QUICK, Case
 from workload.programs import Missing, Prepared, Program, matmul_rate, prepare, run_program
 from workload.shapes import SIZES
-from workload.table import OURS, case_rows, check_losses, markdown
+from workload.table import OURS, OtherMaths, case_rows, check_losses, markdown
 
 from mmpeft.pipeline.facts import hardware, versions
 
@@ -77,12 +78,25 @@ class Rounds:
             self.found[name].append(result)
             speed = case.samples * epochs / result["seconds"]
             _say(f"  {name}: {result['seconds']:.1f} s, {speed:.3g} samples/s, {result['peak_bytes'] / 2**30:.2f} GiB")
-        for name, results in self.found.items():
-            steps = len(results[-1]["losses"])
-            check_losses(case, name, self.found[OURS][-1]["losses"][:steps], results[-1]["losses"])
+        self._check()
         tokens = self.found[OURS][-1]["figures"]["tokens_computed"] // case.steps
         self.rates.append(matmul_rate(self.prepared, max(tokens, 64)))
         self.seconds = time.perf_counter() - begin
+
+    def _check(self) -> None:
+        """See that all did the same maths; a peer beyond the first that did not is left out, and the table says so."""
+        case = self.prepared.case
+        beyond = {program.name for program in self.programs[2:]}
+        for name, results in list(self.found.items()):
+            steps = len(results[-1]["losses"])
+            try:
+                check_losses(case, name, self.found[OURS][-1]["losses"][:steps], results[-1]["losses"])
+            except OtherMaths as error:
+                if name not in beyond:
+                    raise
+                self.left_out[name] = str(error).partition("\n")[0]
+                del self.found[name]
+                _say(f"  {self.left_out[name]}")
 
     def rows(self) -> list[dict[str, Any]]:
         """Of all epochs, and where a case has several also of one alone."""

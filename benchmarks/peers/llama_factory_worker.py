@@ -1,6 +1,7 @@
 """A workload of benchmarks/training_speed.py by LLaMA-Factory: llama_factory_worker.py WORKLOAD.json
 
-Its template for LLaVA 1.5 has a system text that the others lack, so one without is registered, by its own function.
+Its template for LLaVA 1.5 has a system text that the others lack, and that for Qwen2.5-VL a label on the newline behind
+the last turn; so others are registered, by its own function.
 """
 
 import json
@@ -9,19 +10,28 @@ from pathlib import Path
 
 import beside_cpu  # noqa: F401, before what imports torchvision and torchaudio
 
-from llamafactory.data.formatter import StringFormatter  # isort: skip
+from llamafactory.data.formatter import EmptyFormatter, StringFormatter  # isort: skip
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import register_template
 from llamafactory.train.tuner import run_exp
 from rows import as_messages
 from steps import watch
 
-TEMPLATES = {"llava": "llava_without_system", "qwen": "qwen2_vl"}
+TEMPLATES = {"llava": "llava_without_system", "qwen": "qwen2_vl_without_newline"}
 MARKS = {"llava": "<image>\n", "qwen": "<image>"}
 register_template(
     name=TEMPLATES["llava"],
+    format_prefix=EmptyFormatter(slots=[{"bos_token"}]),
     format_user=StringFormatter(slots=["USER: {{content}}\nASSISTANT:"]),
     mm_plugin=get_mm_plugin(name="llava", image_token="<image>"),
+)
+register_template(
+    name=TEMPLATES["qwen"],
+    format_user=StringFormatter(slots=["<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"]),
+    format_assistant=StringFormatter(slots=["{{content}}<|im_end|>"]),
+    format_system=StringFormatter(slots=["<|im_start|>system\n{{content}}<|im_end|>\n"]),
+    default_system="You are a helpful assistant.",
+    mm_plugin=get_mm_plugin(name="qwen2_vl", image_token="<|image_pad|>", video_token="<|video_pad|>"),
 )
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 watch(work["result"])

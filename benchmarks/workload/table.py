@@ -15,14 +15,18 @@ Found = Mapping[str, Sequence[Mapping[str, Any]]]
 """By program, what each round found."""
 
 
+class OtherMaths(SystemExit):
+    """Two programs do not do the same work."""
+
+
 def apart(losses: Sequence[float], others: Sequence[float]) -> float:
     """The largest relative difference of two curves.
 
     Raises:
-        SystemExit: they do not have as many steps.
+        OtherMaths: they do not have as many steps.
     """
     if len(losses) != len(others):
-        raise SystemExit(f"found {len(losses)} steps and {len(others)}: not the same work, nothing is written")
+        raise OtherMaths(f"found {len(losses)} steps and {len(others)}: not the same work, nothing is written")
     return max(abs(one - other) / abs(other) for one, other in zip(losses, others, strict=True))
 
 
@@ -30,11 +34,11 @@ def check_losses(case: Case, name: str, losses: Sequence[float], others: Sequenc
     """The difference to ours.
 
     Raises:
-        SystemExit: above the bound.
+        OtherMaths: above the bound.
     """
     difference = apart(losses, others)
     if not difference <= BOUNDS[case.dtype]:
-        raise SystemExit(
+        raise OtherMaths(
             f"{case.name}: the losses of {name} are {difference:.2g} off, more than {BOUNDS[case.dtype]:g}: not the "
             f"same maths, nothing is written\n  {OURS}  {_curve(losses)}\n  {name}  {_curve(others)}"
         )

@@ -16,12 +16,15 @@ class ComputeConfig(Block):
     chunked_loss: Switch = "auto"
     """Compute logits and their loss a chunk of positions at a time, so that they never stand in memory at once; `auto`:
     where they would hold more than 2^26 numbers."""
+    liger: bool = True
+    """Compute these chunks by Liger's kernels: on CUDA, where liger-kernel is installed (not run there yet)."""
     compile: Switch = "auto"
     """Run the language model's layers through torch.compile; the first step takes tens of seconds more. `auto`: in
     bfloat16, on one process, for language models tested with it, where training would take about twenty minutes."""
     checkpointing: Switch = "auto"
-    """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work; `auto`: off
-    unless the stage's `trainer` block has `activation_checkpointing`."""
+    """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work. `auto`: for as
+    many layers as memory asks for, found on one process by running the first micro-batch again; for all of them where
+    the stage's `trainer` block has `activation_checkpointing`."""
     spare_casts: bool = True
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
     fuse_lora: bool = True

@@ -25,7 +25,7 @@ class AdapterError(MMPeftError):
 
 
 class OutputError(MMPeftError):
-    """A place that cannot be written: read-only, full, or taken by something else."""
+    """A place that cannot be written (read-only, full, or taken by something else), or what was written is damaged."""
 
 
 class MissingDependencyError(MMPeftError):

@@ -72,11 +72,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+_FULL = ("os error 28", "No space left", "PytorchStreamWriter", "iostream error")
+"""What safetensors and torch.save say of a full disk, as far as it tells at all."""
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn every way in which writing under `path` fails into an `OutputError`.
 
-    safetensors and torch.save report a full disk by exceptions of their own that hold the system's message.
+    safetensors and torch.save report a full disk by exceptions of their own.
     """
     try:
         yield
@@ -84,7 +88,7 @@ def writing(path: Path) -> Iterator[None]:
         raise output_error(error, path) from error
     except Exception as error:
         text = str(error)
-        if "os error 28" in text or "No space left" in text or "PytorchStreamWriter" in text:
+        if any(sign in text for sign in _FULL):
             raise output_error(OSError(errno.ENOSPC, text), path) from error
         if "os error 27" in text:
             raise output_error(OSError(errno.EFBIG, "the file is larger than allowed here"), path) from error

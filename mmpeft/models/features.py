@@ -92,7 +92,7 @@ class FeaturePlan:
             ModelError: the model does not give what the plan expects.
         """
         base = base_of(model)
-        given = {key: torch.as_tensor(value).to(base.device) for key, value in media.items()}
+        given = {key: torch.as_tensor(value).to(_device(base)) for key, value in media.items()}
         features: dict[str, torch.Tensor] = {}
         for modality in MODALITIES:
             if PIXELS[modality] in given:
@@ -131,7 +131,7 @@ class FeaturePlan:
             names = {name for each in own for name in each}
             if names:
                 joined[modality] = {
-                    name.partition("/")[2]: join([each[name].to(base.device) for each in own if each])
+                    name.partition("/")[2]: join([each[name].to(_device(base)) for each in own if each])
                     for name in sorted(names)
                 }
         with feeding(base, self.spec, joined, whole=self.cut == "output"):
@@ -199,6 +199,12 @@ def placeholders(
     return made
 
 
+def _device(base: Any) -> torch.device:
+    """The model's; not by its first weight, which may be one of a tower that rests on the host."""
+    device: torch.device = base.get_input_embeddings().weight.device
+    return device
+
+
 def _sub_configs(base: Any) -> list[Any]:
     return [getattr(base.config, name, None) for name in base.config.sub_configs]
 
@@ -239,7 +245,7 @@ def _inputs(base: Any, modality: Modality, media: Mapping[str, torch.Tensor]) ->
             _run_tower(base, modality, media)
         else:
             # Qwen2-Audio calls its tower in the middle of its forward; two tokens are enough to get there.
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=_device(base))
             stack.enter_context(contextlib.suppress(_Taken))
             inner_of(base)(input_ids=tokens, attention_mask=torch.ones_like(tokens), **media)
     return found

@@ -27,6 +27,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from mmpeft.core.errors import ModelError
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.models.base import base_of
+from mmpeft.models.liger import liger_loss, liger_takes
 
 AUTO_ENTRIES = 2**26
 """Positions x vocabulary above which `auto` computes the loss in chunks: 256 MiB in float32, held three times over."""
@@ -34,21 +35,36 @@ AUTO_ENTRIES = 2**26
 CHUNK_ENTRIES = 2**24
 """Most positions x vocabulary of a chunk."""
 
-Finish = Callable[[torch.Tensor], torch.Tensor]
-"""What a model does to its logits after the head."""
+
+@dataclass(frozen=True)
+class Finish:
+    """What a model does to its logits after the head.
+
+    Attributes:
+        cap: they are bent to stay within it.
+        divisor: they are divided by it.
+    """
+
+    cap: float | None = None
+    divisor: float = 1.0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as the model gives them."""
+        if self.cap is not None:
+            return torch.tanh(logits / self.cap) * self.cap
+        return logits if self.divisor == 1 else logits / self.divisor
 
 
 def _as_they_are(config: Any) -> Finish:
-    return lambda logits: logits
+    return Finish()
 
 
 def _capped(config: Any) -> Finish:
-    bound = getattr(config.get_text_config(), "final_logit_softcapping", None)
-    return (lambda logits: logits) if bound is None else (lambda logits: torch.tanh(logits / bound) * bound)
+    return Finish(cap=getattr(config.get_text_config(), "final_logit_softcapping", None))
 
 
 def _scaled(config: Any) -> Finish:
-    return lambda logits: logits / config.logits_scaling
+    return Finish(divisor=config.logits_scaling)
 
 
 FINISHES: dict[str, Callable[[Any], Finish]] = {
@@ -92,6 +108,7 @@ class HeadFigures:
         chunked: those whose logits never stood in memory together.
         entries: the most positions x vocabulary of a forward.
         largest: the most that stood in memory together.
+        liger: whether Liger's kernels computed any.
     """
 
     positions: int = 0
@@ -99,6 +116,7 @@ class HeadFigures:
     chunked: int = 0
     entries: int = 0
     largest: int = 0
+    liger: bool = False
 
 
 @dataclass
@@ -129,7 +147,12 @@ def unchunkable(model: Any) -> str | None:
 
 @contextlib.contextmanager
 def head_loss_on(
-    model: Any, *, chunked: bool | None = None, auto_entries: int = AUTO_ENTRIES, chunk_entries: int = CHUNK_ENTRIES
+    model: Any,
+    *,
+    chunked: bool | None = None,
+    liger: bool = True,
+    auto_entries: int = AUTO_ENTRIES,
+    chunk_entries: int = CHUNK_ENTRIES,
 ) -> Iterator[HeadFigures]:
     """Compute logits where they are supervised only, and, where they are many, in chunks.
 
@@ -140,6 +163,7 @@ def head_loss_on(
         model: a transformers model, or a `PeftModel` around one.
         chunked: whether the loss is computed in chunks; None: where positions x vocabulary exceeds `auto_entries`,
             if the model's can be.
+        liger: compute chunks by Liger's kernels, where they are installed and take the model's head.
         chunk_entries: most positions x vocabulary of a chunk.
 
     Yields:
@@ -152,7 +176,7 @@ def head_loss_on(
     if chunked and obstacle:
         raise ModelError(f"the loss cannot be computed in chunks: {obstacle}; expected one of {', '.join(FINISHES)}")
     least = 0 if chunked else auto_entries
-    hooks = _HeadHooks(model, least=None if chunked is False or obstacle else least, chunk=chunk_entries)
+    hooks = _HeadHooks(model, least=None if chunked is False or obstacle else least, chunk=chunk_entries, liger=liger)
     handles = hooks.register()
     try:
         yield hooks.figures
@@ -164,16 +188,16 @@ def head_loss_on(
 class _HeadHooks:
     """The hooks, and the forward that they are in."""
 
-    def __init__(self, model: Any, *, least: int | None, chunk: int) -> None:
+    def __init__(self, model: Any, *, least: int | None, chunk: int, liger: bool) -> None:
         base = base_of(model)
         self.model, self.head = model, base.get_output_embeddings()
-        self.least, self.chunk = least, chunk
+        self.least, self.chunk, self.liger = least, chunk, liger
         self.takes_indices = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.figures = HeadFigures()
         self.task: _Task | None = None
         owner = _owner(base, self.head) if self.head is not None else None
         make = FINISHES.get(type(owner).__name__)
-        self.finish: Finish = make(owner.config) if owner is not None and make is not None else _as_they_are(None)
+        self.finish = make(owner.config) if owner is not None and make is not None else Finish()
 
     def register(self) -> list[RemovableHandle]:
         if self.head is None:
@@ -233,6 +257,9 @@ class _HeadHooks:
         return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
 
     def _in_chunks(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self.liger and self.finish.divisor == 1 and liger_takes(self.head, hidden):
+            self.figures.liger = True
+            return liger_loss(self.head, hidden, targets, cap=self.finish.cap)
         rows = max(1, self.chunk // self._vocabulary())
         trained = tuple(weight for weight in self.head.parameters() if weight.requires_grad)
         return _SummedLoss.apply(hidden, targets, lambda chunk: self.finish(self.head(chunk)), rows, *trained)

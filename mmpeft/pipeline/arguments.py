@@ -87,7 +87,8 @@ def training_arguments(
         "logging_steps": 1 if steps <= 200 else 10,
         "save_strategy": "steps",
         "save_steps": min(500, math.ceil(steps / 4)),
-        "save_total_limit": 1,
+        # One to go on from where the newest is damaged.
+        "save_total_limit": 2,
         "report_to": "none",
         # It reads every micro-batch's loss from the device, to hide that one is no number.
         "logging_nan_inf_filter": False,

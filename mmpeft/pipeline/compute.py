@@ -39,12 +39,14 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
         raise RecipeError(f"compute.chunked_loss: {obstacle}; leave it out")
     return Compute(
         chunked_loss=None if switch == "auto" else switch,
+        liger=recipe.compute.liger,
         compile=why_uncompiled(recipe, model, args, samples=samples) is None,
         spare_casts=recipe.compute.spare_casts,
         fuse_lora=recipe.compute.fuse_lora,
         block_attention=recipe.compute.block_attention,
         spare_cache=recipe.compute.spare_cache,
         spare_mask=recipe.compute.spare_mask,
+        recompute=recipe.compute.checkpointing == "auto",
     )
 
 
@@ -98,11 +100,7 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
         _cache(recipe, trainer),
         _mask(trainer),
         Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
-        Speedup(
-            name="compute.checkpointing",
-            on=bool(trainer.args.activation_checkpointing),
-            why="it was asked for" if trainer.args.activation_checkpointing else "memory sufficed without it",
-        ),
+        _checkpointing(recipe, trainer),
     ]
 
 
@@ -126,6 +124,7 @@ def _chunked(recipe: Recipe, trainer: MultimodalTrainer, head: HeadFigures) -> S
     if head.chunked:
         why = "it was asked for" if switch is True else f"{head.entries:,} logits of a forward exceed {AUTO_ENTRIES:,}"
         saved = {"bytes": float(FLOAT32 * (head.entries - head.largest))}
+        why = f"{why}; by Liger's kernels" if head.liger else why
         return Speedup(name=name, on=True, why=why, saved=saved)
     if switch is False:
         return Speedup(name=name, on=False, why="compute.chunked_loss is false")
@@ -173,3 +172,14 @@ def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
 def _mask(trainer: MultimodalTrainer) -> Speedup:
     why = trainer.computing.why_masked()
     return Speedup(name="compute.spare_mask", on=why is None, why=why or "no token sees the padding behind it")
+
+
+def _checkpointing(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
+    name, recompute = "compute.checkpointing", trainer.computing.recompute
+    if trainer.args.activation_checkpointing:
+        return Speedup(name=name, on=True, why="it was asked for")
+    if recompute.count:
+        why = f"memory did not suffice until {recompute.count} of {recompute.total} layers were computed again"
+        return Speedup(name=name, on=True, why=why)
+    switch = recipe.compute.checkpointing
+    return Speedup(name=name, on=False, why=f"{name} is false" if switch is False else "memory sufficed without it")

@@ -16,6 +16,7 @@ from mmpeft.data.cache_pays import CacheCase, cache_pays
 from mmpeft.data.feature_store import FeatureStore, default_directory
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.models.features import FeaturePlan, Unplanned, plan_features
+from mmpeft.models.resting import RestingTowers
 from mmpeft.pipeline.cutting import without_towers
 from mmpeft.pipeline.data import TrainData, one_of_each_media
 from mmpeft.training.features import FeatureCache
@@ -46,7 +47,7 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
         dataset.keep_features(None)
         return obstacle or ""
     store = FeatureStore(recipe.data.cache.directory or default_directory(), recipe.data.cache.limit_bytes)
-    cache = FeatureCache(plan, store)
+    cache = FeatureCache(plan, store, towers=_resting(trainer))
     dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
     on, why = _for_all(trainer, _pays(recipe, trainer, dataset, cache))
     if not on:
@@ -83,7 +84,7 @@ def feature_speedup(trainer: MultimodalTrainer, why: str) -> Speedup:
         name=NAME,
         on=True,
         why=f"{why}; towers ran for {misses:,} of {hits + misses:,} samples with media",
-        saved={"tower_runs": hits},
+        saved={"tower_runs": hits, **({"device_bytes": cache.towers.bytes} if cache.towers and cache.rested else {})},
     )
 
 
@@ -93,6 +94,12 @@ def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
     if args.fsdp or args.deepspeed:
         return "the model is spread over processes, and a tower cannot run there by itself"
     return None
+
+
+def _resting(trainer: MultimodalTrainer) -> RestingTowers | None:
+    """The towers, where they take memory of an accelerator that no other process counts on."""
+    alone = trainer.args.world_size == 1 and trainer.args.device.type != "cpu"
+    return RestingTowers(trainer.model) if alone else None
 
 
 def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache: FeatureCache) -> tuple[bool, str]:

@@ -18,6 +18,7 @@ from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last
 from mmpeft.models.mask_free import needs_mask, without_mask
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import at_once, tree_attention_on
+from mmpeft.training.recompute import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +27,27 @@ class Compute:
 
     Attributes:
         chunked_loss: whether logits and loss are computed a chunk of positions at a time; None: where they are many.
+        liger: compute such chunks by Liger's kernels, on CUDA where liger-kernel is installed.
         compile: run the language model's layers compiled.
         spare_casts: give LoRA its inputs as they are where autocast is on.
         fuse_lora: add LoRA's products in place where layers are not compiled and weights are whole.
         block_attention: compute attention of a packed row at once, in large matrix products or one call of a kernel,
             where the device has it.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
+        recompute: where memory does not suffice for a micro-batch, keep less of some layers for the backward, on one
+            process whose layers are not compiled.
         spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
     """
 
     chunked_loss: bool | None = None
+    liger: bool = True
     compile: bool = False
     spare_casts: bool = True
     fuse_lora: bool = True
     block_attention: bool = True
     spare_cache: bool = True
     spare_mask: bool = True
+    recompute: bool = True
 
 
 class Computing:
@@ -52,6 +58,7 @@ class Computing:
         last: what its last layer was spared; None where nothing.
         uncast: layers whose inputs were not cast to and fro.
         fused: layers whose LoRA was added in place.
+        recompute: what micro-batches run by.
     """
 
     def __init__(self, trainer: Any, compute: Compute) -> None:
@@ -59,6 +66,7 @@ class Computing:
         self.head: HeadFigures | None = None
         self.last: LastLayerFigures | None = None
         self.uncast = self.fused = 0
+        self.recompute = Recompute()
         self._on = False
 
     @contextlib.contextmanager
@@ -80,13 +88,15 @@ class Computing:
                 # Before the hooks of the loss, which take from some forwards what it goes by.
                 self.last = stack.enter_context(last_layer_spared(model))
             if self._known():
-                self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked()))
+                self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked(), liger=self.compute.liger))
             if self.compute.compile:
                 stack.enter_context(layers_compiled(model))
             if self.compute.spare_casts and self.trainer.accelerator.native_amp:
                 self.uncast = stack.enter_context(casts_spared(model))
             if self.why_unfused() is None:
                 self.fused = stack.enter_context(lora_fused(model))
+            if self._recomputes():
+                stack.enter_context(self.recompute.watching(model))
             self._on = True
             try:
                 yield
@@ -104,6 +114,12 @@ class Computing:
         if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
             return "weights are spread over processes"
         return "compiled layers fuse it themselves" if self.compute.compile else None
+
+    def _recomputes(self) -> bool:
+        """Whether a micro-batch may run again: not where other processes would wait for it."""
+        alone = self.trainer.args.world_size == 1 and not self.trainer.is_deepspeed_enabled
+        asked = self.compute.recompute and not self.trainer.args.activation_checkpointing
+        return asked and alone and self._known() and not self.compute.compile
 
     def why_unblocked(self) -> str | None:
         """Why attention runs a sample at a time; None if a row is computed at once."""

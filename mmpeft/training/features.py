@@ -10,10 +10,15 @@ import torch
 
 from mmpeft.core.errors import RecipeError
 from mmpeft.data.feature_store import Entry, FeatureStore, KeptExpansion
-from mmpeft.models.features import FeaturePlan, placeholders
+from mmpeft.models.features import PIXELS, FeaturePlan, placeholders
+from mmpeft.models.resting import RestingTowers
 
 _WAITING_BYTES = 1 << 28
 """Features that wait to be written, at most; beyond it a step waits for the disk."""
+
+
+_REST_AFTER = 64
+"""Samples whose features were kept, one after another, behind which towers are no longer waited for."""
 
 
 class FeatureCache:
@@ -29,15 +34,19 @@ class FeatureCache:
     Attributes:
         hits: samples whose towers did not run.
         misses: samples whose towers ran.
+        rested: whether the towers' weights have left the accelerator at any time.
 
     Args:
         plan: what of this model is kept.
         store: where; that of the data set.
+        towers: those of the model, to rest on the host while they are not needed; None leaves them where they are.
     """
 
-    def __init__(self, plan: FeaturePlan, store: FeatureStore) -> None:
-        self.plan, self.store = plan, store
+    def __init__(self, plan: FeaturePlan, store: FeatureStore, *, towers: RestingTowers | None = None) -> None:
+        self.plan, self.store, self.towers = plan, store, towers
         self.hits = self.misses = 0
+        self.rested = False
+        self._in_a_row = 0
         self._waiting: dict[str, Mapping[str, torch.Tensor]] = {}
         self._lock = threading.Lock()
         self._writer: ThreadPoolExecutor | None = None
@@ -69,8 +78,13 @@ class FeatureCache:
                 kept = entry.tensors
         if kept is not None:
             self.hits += 1
+            self._in_a_row += 1
+            if self.towers is not None and self._in_a_row == _REST_AFTER:
+                self.towers.rest()
+                self.rested = True
             return kept
         self.misses += 1
+        self.wake()
         with autocast():
             computed = self.plan.compute(model, carrier["media"])
         if key and carrier["rest"] is not None:
@@ -93,8 +107,15 @@ class FeatureCache:
             with self._lock:
                 self._waiting.pop(key, None)
 
+    def wake(self) -> None:
+        """Have the towers where the model is."""
+        self._in_a_row = 0
+        if self.towers is not None:
+            self.towers.wake()
+
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until all is written, and leave the model whole on its device."""
+        self.wake()
         if self._writer is not None:
             self._writer.shutdown()
             self._writer = None
@@ -110,6 +131,8 @@ def fed(
         RecipeError: the batch has kept features, but training has no cache.
     """
     if "features" not in inputs:
+        if cache is not None and any(key in inputs for key in PIXELS.values()):
+            cache.wake()
         yield inputs
     elif cache is None:
         raise RecipeError(

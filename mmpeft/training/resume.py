@@ -1,4 +1,13 @@
-"""Which checkpoint a stopped stage goes on from."""
+"""Checkpoints that a stopped stage goes on from: sealed behind the last byte, proved whole before they are used.
+
+    checkpoint-500/
+      adapter_model.safetensors, optimizer.pt, ...    transformers' own files
+      trainer_state.json                              the last that transformers writes
+      seal.json                                       {file: {"bytes", "sha256"}} of all, the last of all
+
+A checkpoint without a seal (the plain Trainer's, or one whose process was killed in between) counts as whole where its
+`trainer_state.json` can be read.
+"""
 
 import json
 import logging
@@ -8,35 +17,58 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mmpeft.core.files import read_json, write_json
+from mmpeft.core.hashing import hash_file
 from mmpeft.methods.checkpoint import remove_directory
 
 logger = logging.getLogger(__name__)
 
+SEAL = "seal.json"
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Write down what every file of a checkpoint holds, when all of them are written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files
+    }
+    write_json(folder / SEAL, content)
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, as "optimizer.pt is cut short"; None if nothing is."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it was cut short while it was written"
+    if not (folder / SEAL).exists():
+        return None
+    try:
+        sealed = [(name, facts["bytes"], facts["sha256"]) for name, facts in read_json(folder / SEAL).items()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{SEAL} cannot be read"
+    for name, size, digest in sealed:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if hash_file(path) != digest:
+            return f"the content of {name} has changed"
+    return None
+
 
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest whole checkpoint in `folder` and its step; those cut short are removed, and the log says so.
-
-    The Trainer writes `trainer_state.json` last, so a checkpoint without a readable one was cut short.
-    """
-    found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if not number or not path.is_dir():
-            continue
-        if _is_whole(path):
-            found.append((int(number.group(1)), path))
-        else:
-            logger.warning("%s was cut short while it was written; it is removed", path)
-            remove_directory(path)
-    if not found:
-        return None
-    step, path = max(found)
-    return path, step
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    """The newest whole checkpoint in `folder` and its step; newer ones that are damaged are removed, and named."""
+    numbered = {
+        int(number.group(1)): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
+    }
+    for step, path in sorted(numbered.items(), reverse=True):
+        damage = checkpoint_damage(path)
+        if damage is None:
+            return path, step
+        logger.warning("%s is damaged (%s); it is removed, and the one before is looked at", path, damage)
+        remove_directory(path)
+    return None

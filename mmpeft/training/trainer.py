@@ -1,5 +1,6 @@
 """`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
 
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmpeft.core.errors import DataError, RecipeError
+from mmpeft.core.errors import DataError, OutputError, RecipeError
 from mmpeft.core.files import writing
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
@@ -35,6 +36,7 @@ from mmpeft.training.loaders import (
 )
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
+from mmpeft.training.resume import checkpoint_damage, seal_checkpoint
 from mmpeft.training.skips import SkipWatch
 from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
@@ -189,7 +191,8 @@ class MultimodalTrainer(Trainer):
         self._tokens = self._tokens + (tree.tokens if tree else inputs["attention_mask"].sum())
         self._computed += inputs["input_ids"].numel()
         self._padded += tree.padded if tree else inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        return self.computing.recompute.run(model, step)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, on a packed row with the positions that the family gives it, and on kept features."""
@@ -250,7 +253,7 @@ class MultimodalTrainer(Trainer):
         return [int(count) for count in self.accelerator.reduce(own, reduction="sum").tolist()]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint; where that fails, remove what there is of it and say why.
+        """Write a checkpoint and seal it; where that fails, remove what there is of it and say why.
 
         Raises:
             OutputError: the place cannot be written, for instance because the disk is full.
@@ -262,6 +265,10 @@ class MultimodalTrainer(Trainer):
                     folder.mkdir(parents=True, exist_ok=True)
                     self.skips.save(folder)
                 super()._save_checkpoint(model, trial)
+                # All processes have files in it.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal_checkpoint(folder)
         except Exception:
             remove_directory(folder)
             raise
@@ -279,6 +286,13 @@ class MultimodalTrainer(Trainer):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights.
+
+        Raises:
+            OutputError: it is damaged.
+        """
+        if damage := checkpoint_damage(Path(resume_from_checkpoint)):
+            raise OutputError(f"cannot resume from {resume_from_checkpoint}: {damage}; take an older checkpoint")
         own: Any = self.model
         if not isinstance(own, PeftModel):
             self._load_whole_model(resume_from_checkpoint)

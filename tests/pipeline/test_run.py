@@ -1,4 +1,5 @@
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -231,6 +232,36 @@ def test_a_kill_leaves_a_run_that_resumes_to_the_same_weights(tmp_path, uninterr
     assert statuses(result) == ["trained"]
     got = weights(tmp_path)
     assert all(torch.equal(got[name], tensor) for name, tensor in uninterrupted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_at_random_moments_leave_the_same_weights(tmp_path, uninterrupted):
+    """Loading, training or in the middle of a checkpoint: each run is killed a few times, until one comes through."""
+    moments = random.Random(0)
+    path, kills, folder = write_project(tmp_path / "0", stages=SLOW_STAGE), 0, tmp_path / "0"
+    while kills < 20:
+        process = subprocess.Popen(
+            command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            _, errors = process.communicate(timeout=moments.uniform(4, 14))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate(timeout=60)
+            kills += 1
+            continue
+        assert process.returncode == 0, errors
+        _same(weights(folder), uninterrupted)
+        folder = tmp_path / str(kills)
+        path = write_project(folder, stages=SLOW_STAGE)
+    run(path)
+    _same(weights(folder), uninterrupted)
+
+
+def _same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("micro", [4, None])

@@ -12,6 +12,8 @@ from mmpeft.data.feature_store import FeatureStore, KeptExpansion
 from mmpeft.data.join_features import HEAVY
 from mmpeft.data.packing import PackedCollator
 from mmpeft.models.features import plan_features
+from mmpeft.models.resting import RestingTowers
+from mmpeft.training import features as training_features
 from mmpeft.training.features import FeatureCache
 from tests.project import write_data
 from tests.tiny import tiny_llava
@@ -62,10 +64,11 @@ def dataset(tmp_path, processor):
     return load_dataset(data / "train.json", media_root=data / "images", processor=processor)
 
 
-def trained(folder, dataset, processor, train, store=None, collator=MultimodalCollator, **options):
+def trained(folder, dataset, processor, train, store=None, collator=MultimodalCollator, towers=None, **options):
     torch.manual_seed(0)
     model = get_peft_model(tiny_llava(processor), train)
-    cache = None if store is None else FeatureCache(plan_features(model, train), store)
+    rests = towers(model) if towers else None
+    cache = None if store is None else FeatureCache(plan_features(model, train), store, towers=rests)
     runs = []
     hook = model.get_base_model().model.vision_tower.encoder.register_forward_hook(lambda *_: runs.append(1))
     trainer = MultimodalTrainer(
@@ -151,3 +154,65 @@ def test_features_without_a_cache_in_training_are_refused(tmp_path, dataset, pro
     )
     with pytest.raises(RecipeError, match="features=FeatureCache"):
         trainer.train()
+
+
+class Noted(RestingTowers):
+    """Towers that note when they move; host and device are one here."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.moves = []
+
+    def rest(self):
+        self.moves.append("rest")
+        super().rest()
+
+    def wake(self):
+        if self.resting:
+            self.moves.append("wake")
+        super().wake()
+
+
+def test_towers_rest_while_features_are_kept_and_are_back_for_one_that_is_not(
+    tmp_path, dataset, processor, store, monkeypatch
+):
+    monkeypatch.setattr(training_features, "_REST_AFTER", 2)
+    plain, _, _ = trained(tmp_path / "a", dataset, processor, TRAINS["projector"])
+    trained(tmp_path / "b", dataset, processor, TRAINS["projector"], store)
+    kept, cache, _ = trained(tmp_path / "c", dataset, processor, TRAINS["projector"], store, towers=Noted)
+    assert kept == pytest.approx(plain, rel=1e-5)
+    assert (cache.towers.moves, cache.rested) == (["rest", "wake"], True)
+    for lost in list((tmp_path / "cache").rglob("*.safetensors"))[::2]:
+        lost.unlink()
+    found, cache, runs = trained(tmp_path / "d", dataset, processor, TRAINS["projector"], store, towers=Noted)
+    assert found == pytest.approx(plain, rel=1e-5)
+    assert runs == cache.misses > 0
+    assert not cache.towers.resting
+
+
+def test_only_what_is_frozen_and_plain_rests(processor):
+    model = get_peft_model(tiny_llava(processor), {"projector": "full", "vision": {"r": 4}})
+    towers = RestingTowers(model)
+    vision = model.get_base_model().model.vision_tower
+    frozen = [weight for weight in vision.parameters() if not weight.requires_grad]
+    assert towers.bytes == sum(weight.nbytes for weight in frozen) > 0
+    before = [(weight.data_ptr(), weight.device) for weight in model.parameters()]
+    towers.rest()
+    assert towers.resting
+    towers.rest()
+    towers.wake()
+    assert not towers.resting
+    assert [(weight.data_ptr(), weight.device) for weight in model.parameters()] == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_towers_leave_the_memory_of_a_gpu(processor):
+    model = tiny_llava(processor).to("cuda")
+    vision = model.model.vision_tower
+    towers, numbers = RestingTowers(model), [weight.cpu() for weight in vision.parameters()]
+    before = torch.cuda.memory_allocated()
+    towers.rest()
+    assert torch.cuda.memory_allocated() <= before - towers.bytes
+    towers.wake()
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(numbers, vision.parameters(), strict=True))
+    assert all(weight.is_cuda for weight in vision.parameters())

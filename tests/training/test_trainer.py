@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -248,7 +249,49 @@ def test_a_checkpoint_cut_short_is_removed_and_the_one_before_taken(tmp_path, ca
             (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
-    assert "checkpoint-6 was cut short" in caplog.text
+    assert "checkpoint-6 is damaged (it was cut short" in caplog.text
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("optimizer.pt", cut, r"optimizer.pt has \d+ bytes instead of \d+"),
+        ("adapter_model.safetensors", flip, "the content of adapter_model.safetensors has changed"),
+        ("rng_state.pth", lambda path: path.unlink(), "rng_state.pth is missing"),
+        ("seal.json", lambda path: path.write_text("{"), "seal.json cannot be read"),
+        ("trainer_state.json", lambda path: path.write_text("{"), "it was cut short"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tmp_path, dataset, processor, caplog, name, spoil, said
+):
+    def trainer():
+        return MultimodalTrainer(
+            model=get_peft_model(tiny_llava(processor), TRAIN),
+            args=arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4),
+            train_dataset=dataset,
+            data_collator=MultimodalCollator(processor),
+        )
+
+    trainer().train()
+    newest = tmp_path / "checkpoint-4"
+    assert last_checkpoint(tmp_path) == (newest, 4)
+    spoil(newest / name)
+    with pytest.raises(OutputError, match=f"cannot resume from .*checkpoint-4: {said}"):
+        trainer().train(resume_from_checkpoint=str(newest))
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
+    assert not newest.exists()
+    assert re.search(f"checkpoint-4 is damaged .{said}", caplog.text)
 
 
 def test_no_checkpoint_at_all(tmp_path):

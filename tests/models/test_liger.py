@@ -1,0 +1,72 @@
+"""Liger's loss in place of PyTorch's, where it can be; its numbers are compared in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from mmpeft.models import liger
+from mmpeft.models.liger import liger_takes
+
+
+class OnCuda:
+    """What is asked of hidden states, as if they were on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize(
+    ("installed", "hidden", "head", "taken"),
+    [
+        (True, OnCuda(torch.bfloat16), torch.nn.Linear(4, 8, dtype=torch.bfloat16), True),
+        (True, OnCuda(torch.float32), torch.nn.Linear(4, 8), True),
+        (False, OnCuda(torch.float32), torch.nn.Linear(4, 8), False),
+        (True, torch.zeros(2, 4), torch.nn.Linear(4, 8), False),
+        (True, OnCuda(torch.float16), torch.nn.Linear(4, 8, dtype=torch.float16), False),
+        (True, OnCuda(torch.bfloat16), torch.nn.Linear(4, 8), False),
+        (True, OnCuda(torch.float32), torch.nn.Sequential(torch.nn.Linear(4, 8)), False),
+    ],
+    ids=["bfloat16", "float32", "not installed", "on a CPU", "float16", "another format", "no plain head"],
+)
+def test_it_computes_plain_heads_on_cuda_where_it_is_installed(monkeypatch, installed, hidden, head, taken):
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert liger_takes(head, hidden) is taken
+
+
+COMPARE = """
+import torch
+from mmpeft.models import head_loss
+from tests.models.test_head_loss import VOCABULARY, batch, gradients, language
+
+head_loss.liger_takes = lambda head, hidden: True
+for name in ("llama", "gemma2"):
+    model, inputs = language(name), batch()
+    with head_loss.head_loss_on(model, chunked=True, liger=False) as figures:
+        expected, wanted = gradients(model, inputs)
+        assert not figures.liger
+    with head_loss.head_loss_on(model, chunked=True) as figures:
+        loss, found = gradients(model, inputs)
+        assert figures.liger
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-7)
+model = language("granite")
+with head_loss.head_loss_on(model, chunked=True) as figures:
+    gradients(model, batch())
+    assert not figures.liger
+print("alike")
+"""
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None or find_spec("triton") is None, reason="needs liger-kernel")
+def test_its_loss_and_gradients_are_those_of_pytorch():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "alike", done.stderr[-3000:]

@@ -1,0 +1,188 @@
+"""Memory that does not suffice: a micro-batch runs again with more layers recomputed, and gives the same numbers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from mmpeft import MultimodalCollator, MultimodalTrainer
+from mmpeft.data.encode import encode_sample
+from mmpeft.models.recomputed import RecomputedLayers
+from mmpeft.training.computing import Compute
+from mmpeft.training.recompute import ADVICE, Recompute
+from tests.families.models import MODELS
+from tests.families.samples import first_medium
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+
+
+def small(layers=8):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def step_of(model, tokens=16):
+    ids = torch.arange(2 * tokens).view(2, tokens) % 64
+
+    def step():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def gradients(model):
+    return [weight.grad.clone() for weight in model.parameters()]
+
+
+def failing_unless_recomputed(layer):
+    """A layer for which memory suffices only where it is recomputed."""
+
+    def look(module, args):
+        if not module.gradient_checkpointing:
+            raise RuntimeError(NO_MEMORY)
+
+    return layer.register_forward_pre_hook(look)
+
+
+def test_a_part_of_the_layers_gives_the_same_gradients_and_is_taken_back():
+    model = small()
+    step = step_of(model)
+    step()
+    whole = gradients(model)
+    layers = RecomputedLayers(model)
+    for count in (3, 8, 1, 0):
+        layers.recompute(count)
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [True] * count + [False] * (8 - count)
+        model.zero_grad()
+        step()
+        assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
+    assert not any("gradient_checkpointing" in vars(layer) for layer in model.model.layers)
+
+
+def test_layers_are_recomputed_a_quarter_at_a_time_until_memory_suffices(caplog):
+    model = small()
+    loss = step_of(model)()
+    whole = gradients(model)
+    model.zero_grad()
+    failing_unless_recomputed(model.model.layers[3])
+    recompute = Recompute()
+    with recompute.watching(model):
+        assert recompute.run(model, step_of(model)) == loss
+        assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
+    assert (recompute.count, recompute.total) == (4, 8)
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+    assert ["2 of 8" in text or "4 of 8" in text for text in caplog.messages] == [True, True]
+
+
+def test_what_a_failed_backward_left_behind_is_not_counted_twice():
+    model = small()
+    step = step_of(model)
+    step()
+    whole = gradients(model)
+    model.zero_grad()
+
+    def fail(gradient):
+        if not model.model.layers[0].gradient_checkpointing:
+            raise RuntimeError(NO_MEMORY)
+
+    # The last of the backward: all other gradients are there when it fails.
+    model.model.embed_tokens.weight.register_hook(fail)
+    recompute = Recompute()
+    with recompute.watching(model):
+        recompute.run(model, step)
+    assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
+
+
+@pytest.mark.parametrize("why", ["another error", "gradients of micro-batches before it", "all layers are recomputed"])
+def test_what_running_again_does_not_cure_is_raised(why):
+    model = small()
+    recompute = Recompute()
+    tries = []
+
+    def step():
+        tries.append(recompute.count)
+        raise RuntimeError("shapes do not fit" if why == "another error" else NO_MEMORY)
+
+    if why == "gradients of micro-batches before it":
+        step_of(model)()
+        before = gradients(model)
+    with recompute.watching(model), pytest.raises(RuntimeError, match=r"shapes|allocate memory") as caught:
+        recompute.run(model, step)
+    assert getattr(caught.value, "__notes__", []) == ([] if why == "another error" else [ADVICE])
+    assert tries == ([0, 2, 4, 6, 8] if why == "all layers are recomputed" else [0])
+    if why == "gradients of micro-batches before it":
+        assert all(torch.equal(*pair) for pair in zip(before, gradients(model), strict=True))
+
+
+LIMITED = """
+import resource
+import torch
+from mmpeft.training.recompute import Recompute
+from tests.training.test_recompute import gradients, small, step_of
+
+torch.set_num_threads(1)
+model = small()
+step, saved = step_of(model, 8192), []
+def count(tensor):
+    saved.append(tensor.nbytes)
+    return tensor
+with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    loss = step()
+whole = gradients(model)
+model.zero_grad()
+size = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (size + sum(saved) * 6 // 10, resource.RLIM_INFINITY))
+recompute = Recompute()
+with recompute.watching(model):
+    again = recompute.run(model, step)
+equal = all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
+print(sum(saved) >> 20, recompute.count, recompute.total, again == loss, equal)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is that of Linux")
+def test_real_memory_that_runs_out_is_made_to_suffice():
+    # Freed memory goes back at once, so that the limit is one on what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved, count, total, *same = done.stdout.split()
+    assert int(saved) > 100
+    assert 0 < int(count) <= int(total)
+    assert same == ["True", "True"]
+
+
+def train(folder, *, fails, **compute):
+    model, processor = MODELS["llava"]()
+    rows = [encode_sample(processor, *first_medium(model, number)) for number in range(4)]
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=2, max_steps=2
+    )
+    trainer = MultimodalTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=MultimodalCollator(processor, supervised_only=True),
+        compute=Compute(**compute),
+    )
+    if fails:
+        failing_unless_recomputed(model.get_decoder().layers[0])
+    trainer.train()
+    return trainer, trainer.state.log_history[-1]["train_loss"]
+
+
+def test_training_goes_on_with_the_same_losses(tmp_path):
+    _, plain = train(tmp_path, fails=False)
+    trainer, loss = train(tmp_path, fails=True)
+    assert loss == pytest.approx(plain, rel=1e-6)
+    assert trainer.computing.recompute.count == 1
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        train(tmp_path, fails=True, recompute=False)
