@@ -257,9 +257,9 @@ class _HeadHooks:
         return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
 
     def _in_chunks(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if self.liger and self.finish.divisor == 1 and liger_takes(self.head, hidden):
+        if self.liger and self.finish == Finish() and liger_takes(self.head, hidden):
             self.figures.liger = True
-            return liger_loss(self.head, hidden, targets, cap=self.finish.cap)
+            return liger_loss(self.head, hidden, targets)
         rows = max(1, self.chunk // self._vocabulary())
         trained = tuple(weight for weight in self.head.parameters() if weight.requires_grad)
         return _SummedLoss.apply(hidden, targets, lambda chunk: self.finish(self.head(chunk)), rows, *trained)

@@ -29,16 +29,9 @@ def liger_takes(head: torch.nn.Module, hidden: torch.Tensor) -> bool:
     )
 
 
-def liger_loss(
-    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, *, cap: float | None
-) -> torch.Tensor:
-    """The summed cross-entropy.
-
-    Args:
-        hidden: [positions, width]; targets: [positions].
-        cap: bound of the logits, as Gemma has it.
-    """
+def liger_loss(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed cross-entropy of hidden states [positions, width] and targets [positions]."""
     module = importlib.import_module(f"{PACKAGE}.transformers.fused_linear_cross_entropy")
-    loss = module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", softcap=cap)
+    loss = module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum")
     total: torch.Tensor = loss(head.weight, hidden, targets, head.bias)
     return total

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from mmpeft.models import liger
+from mmpeft.models import head_loss, liger
+from mmpeft.models.head_loss import head_loss_on
 from mmpeft.models.liger import liger_takes
+from tests.models.test_head_loss import batch, gradients, language
 
 
 class OnCuda:
@@ -39,28 +41,33 @@ def test_it_computes_plain_heads_on_cuda_where_it_is_installed(monkeypatch, inst
     assert liger_takes(head, hidden) is taken
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "granite"])
+def test_logits_that_a_model_bends_or_scales_are_left_to_pytorch(monkeypatch, kind):
+    monkeypatch.setattr(head_loss, "liger_takes", lambda head, hidden: True)
+    model = language(kind)
+    with head_loss_on(model, chunked=True) as figures:
+        gradients(model, batch())
+    assert figures.chunked
+    assert not figures.liger
+
+
 COMPARE = """
 import torch
 from mmpeft.models import head_loss
 from tests.models.test_head_loss import VOCABULARY, batch, gradients, language
 
 head_loss.liger_takes = lambda head, hidden: True
-for name in ("llama", "gemma2"):
-    model, inputs = language(name), batch()
-    with head_loss.head_loss_on(model, chunked=True, liger=False) as figures:
-        expected, wanted = gradients(model, inputs)
-        assert not figures.liger
-    with head_loss.head_loss_on(model, chunked=True) as figures:
-        loss, found = gradients(model, inputs)
-        assert figures.liger
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert found.keys() == wanted.keys()
-    for key in wanted:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-7)
-model = language("granite")
-with head_loss.head_loss_on(model, chunked=True) as figures:
-    gradients(model, batch())
+model, inputs = language("llama"), batch()
+with head_loss.head_loss_on(model, chunked=True, liger=False) as figures:
+    expected, wanted = gradients(model, inputs)
     assert not figures.liger
+with head_loss.head_loss_on(model, chunked=True) as figures:
+    loss, found = gradients(model, inputs)
+    assert figures.liger
+torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+assert found.keys() == wanted.keys()
+for key in wanted:
+    torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-7)
 print("alike")
 """
 
