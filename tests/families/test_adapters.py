@@ -17,6 +17,9 @@ from tests.families.tiled import tiny_gemma3
 PROJECTOR = {"projector": "full"}
 LORA = {"language": {"r": 4, "lora_alpha": 8}}
 TRAINS = [PROJECTOR, LORA, {**PROJECTOR, **LORA}]
+ROUNDING = 1e-6
+"""Matrix products may round by where in memory their numbers stand: of logits about 1, on some processors."""
+
 BARE = {"llava_next": "model.image_newline", "llava_onevision": "model.image_newline"}
 """A parameter of the projector's part that no module holds alone, so that it stays frozen."""
 
@@ -70,7 +73,7 @@ def test_a_fresh_adapter_changes_no_logit_and_training_lowers_the_loss(family, t
         before = model(**batch)
     peft_model = get_peft_model(model, train)
     with torch.no_grad():
-        torch.testing.assert_close(peft_model(**batch).logits, before.logits, rtol=0, atol=0)
+        torch.testing.assert_close(peft_model(**batch).logits, before.logits, rtol=0, atol=ROUNDING)
     spec = family_of(peft_model)
     trained = [(name, p) for name, p in peft_model.named_parameters() if p.requires_grad]
     assert {spec.part_of(base_name(name)) for name, _ in trained} == set(train)
@@ -108,7 +111,7 @@ def test_plain_peft_loads_it_exactly_and_merging_gives_the_same(family, tmp_path
     save_adapter(peft_model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(MODELS[family]()[0], tmp_path / "adapter").eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=ROUNDING)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=1e-5)
 
