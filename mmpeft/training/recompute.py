@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from mmpeft.models.recomputed import RecomputedLayers
@@ -58,6 +59,7 @@ class Recompute:
             RuntimeError: that of the device; memory does not suffice with all layers recomputed either, or gradients
                 of micro-batches before this one would be lost.
         """
+        before = _random_states()
         while True:
             trained = [weight for weight in model.parameters() if weight.requires_grad]
             fresh = all(weight.grad is None for weight in trained)
@@ -73,6 +75,8 @@ class Recompute:
             # Behind the handler, whose error holds on to what the micro-batch computed.
             for weight in trained:
                 weight.grad = None
+            # The same dropout again.
+            _restore(before)
             gc.collect()
             clear_device_cache()
             self.count = min(self.total, self.count + math.ceil(self.total / _PARTS))
@@ -83,3 +87,17 @@ class Recompute:
                 self.count,
                 self.total,
             )
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Of the CPU, and of the accelerator that is used."""
+    device = torch.accelerator.current_accelerator()
+    module: Any = getattr(torch, device.type) if device is not None else None
+    return [torch.get_rng_state(), *([module.get_rng_state()] if hasattr(module, "get_rng_state") else [])]
+
+
+def _restore(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    device = torch.accelerator.current_accelerator()
+    if device is not None and len(states) > 1:
+        getattr(torch, device.type).set_rng_state(states[1])

@@ -28,7 +28,7 @@ SEAL = "seal.json"
 
 def seal_checkpoint(folder: Path) -> None:
     """Write down what every file of a checkpoint holds, when all of them are written."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
     content = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files
     }

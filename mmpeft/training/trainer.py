@@ -36,7 +36,7 @@ from mmpeft.training.loaders import (
 )
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
-from mmpeft.training.resume import checkpoint_damage, seal_checkpoint
+from mmpeft.training.resume import SEAL, checkpoint_damage, seal_checkpoint
 from mmpeft.training.skips import SkipWatch
 from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
@@ -261,6 +261,9 @@ class MultimodalTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with writing(folder):
+                if self.args.should_save:
+                    # Of an earlier checkpoint of the same step, whose files are about to change.
+                    (folder / SEAL).unlink(missing_ok=True)
                 if self.skips is not None and self.args.should_save:
                     folder.mkdir(parents=True, exist_ok=True)
                     self.skips.save(folder)

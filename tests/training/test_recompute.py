@@ -82,6 +82,20 @@ def test_layers_are_recomputed_a_quarter_at_a_time_until_memory_suffices(caplog)
     assert ["2 of 8" in text or "4 of 8" in text for text in caplog.messages] == [True, True]
 
 
+def test_a_micro_batch_that_runs_again_drops_out_the_same():
+    model = small()
+    dropout = torch.nn.Dropout(0.5)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: dropout(output))
+    torch.manual_seed(1)
+    loss = step_of(model)()
+    model.zero_grad()
+    failing_unless_recomputed(model.model.layers[3])
+    recompute = Recompute()
+    torch.manual_seed(1)
+    with recompute.watching(model):
+        assert recompute.run(model, step_of(model)) == loss
+
+
 def test_what_a_failed_backward_left_behind_is_not_counted_twice():
     model = small()
     step = step_of(model)

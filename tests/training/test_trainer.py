@@ -294,6 +294,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert re.search(f"checkpoint-4 is damaged .{said}", caplog.text)
 
 
+def test_a_checkpoint_that_is_written_twice_is_whole(tmp_path, dataset, processor):
+    for _ in range(2):
+        MultimodalTrainer(
+            model=get_peft_model(tiny_llava(processor), TRAIN),
+            args=arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2),
+            train_dataset=dataset,
+            data_collator=MultimodalCollator(processor),
+        ).train()
+        assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
+        assert "seal.json" not in json.loads((tmp_path / "checkpoint-2" / "seal.json").read_text())
+
+
 def test_no_checkpoint_at_all(tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
