@@ -59,6 +59,9 @@ class Recompute:
             RuntimeError: that of the device; memory does not suffice with all layers recomputed either, or gradients
                 of micro-batches before this one would be lost.
         """
+        if self._layers is None or self.count == self.total:
+            with _advising():
+                return micro_batch()
         before = _random_states()
         while True:
             trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -68,8 +71,7 @@ class Recompute:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                layers = self._layers
-                if layers is None or self.count == self.total or not fresh:
+                if self.count == self.total or not fresh:
                     error.add_note(ADVICE)
                     raise
             # Behind the handler, whose error holds on to what the micro-batch computed.
@@ -80,13 +82,24 @@ class Recompute:
             gc.collect()
             clear_device_cache()
             self.count = min(self.total, self.count + math.ceil(self.total / _PARTS))
-            layers.recompute(self.count)
+            self._layers.recompute(self.count)
             logger.warning(
                 "memory does not suffice; %d of %d layers are now computed again in the backward, which takes less of "
                 "it and more time (compute.checkpointing: false ends the run instead)",
                 self.count,
                 self.total,
             )
+
+
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    """Let an error for want of memory say what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            error.add_note(ADVICE)
+        raise
 
 
 def _random_states() -> list[torch.Tensor]:
