@@ -23,7 +23,7 @@ class ComputeConfig(Block):
     bfloat16, on one process, for language models tested with it, where training would take about twenty minutes."""
     checkpointing: Switch = "auto"
     """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work. `auto`: for as
-    many layers as memory asks for, found on one process by running the first micro-batch again; for all of them where
+    many layers as memory asks for, found on one process by running a micro-batch again; for all of them where
     the stage's `trainer` block has `activation_checkpointing`."""
     spare_casts: bool = True
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
@@ -35,5 +35,7 @@ class ComputeConfig(Block):
     yet)."""
     spare_cache: bool = True
     """Keep no keys and values for generation while training."""
+    linear_patches: bool = True
+    """Project the patches of a picture by one matrix product, where a tower has a convolution over each for it."""
     spare_mask: bool = True
     """Run batches that are padded on the right as plainly causal, without an attention mask."""

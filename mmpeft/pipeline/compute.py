@@ -46,6 +46,7 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
         block_attention=recipe.compute.block_attention,
         spare_cache=recipe.compute.spare_cache,
         spare_mask=recipe.compute.spare_mask,
+        linear_patches=recipe.compute.linear_patches,
         recompute=recipe.compute.checkpointing == "auto",
     )
 
@@ -99,6 +100,7 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
         _blocked(trainer),
         _cache(recipe, trainer),
         _mask(trainer),
+        _patches(recipe, trainer),
         Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
         _checkpointing(recipe, trainer),
     ]
@@ -172,6 +174,15 @@ def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
 def _mask(trainer: MultimodalTrainer) -> Speedup:
     why = trainer.computing.why_masked()
     return Speedup(name="compute.spare_mask", on=why is None, why=why or "no token sees the padding behind it")
+
+
+def _patches(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
+    name = "compute.linear_patches"
+    if trainer.computing.patches:
+        return Speedup(name=name, on=True, why="the tower's patches are projected by a matrix product")
+    asked = recipe.compute.linear_patches
+    why = "no tower has a convolution that takes patches one by one" if asked else "compute.linear_patches is false"
+    return Speedup(name=name, on=False, why=why)
 
 
 def _checkpointing(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:

@@ -15,6 +15,7 @@ from mmpeft.models.compiled import layers_compiled
 from mmpeft.models.fused_lora import lora_fused
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last_layer_spared
+from mmpeft.models.linear_patches import patches_linear
 from mmpeft.models.mask_free import needs_mask, without_mask
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import at_once, tree_attention_on
@@ -34,6 +35,7 @@ class Compute:
         block_attention: compute attention of a packed row at once, in large matrix products or one call of a kernel,
             where the device has it.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
+        linear_patches: project the patches of a picture by a matrix product where the tower has a convolution for it.
         recompute: where memory does not suffice for a micro-batch, keep less of some layers for the backward, on one
             process whose layers are not compiled.
         spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
@@ -47,6 +49,7 @@ class Compute:
     block_attention: bool = True
     spare_cache: bool = True
     spare_mask: bool = True
+    linear_patches: bool = True
     recompute: bool = True
 
 
@@ -58,6 +61,7 @@ class Computing:
         last: what its last layer was spared; None where nothing.
         uncast: layers whose inputs were not cast to and fro.
         fused: layers whose LoRA was added in place.
+        patches: convolutions that ran as matrix products.
         recompute: what micro-batches run by.
     """
 
@@ -65,7 +69,7 @@ class Computing:
         self.trainer, self.compute = trainer, compute
         self.head: HeadFigures | None = None
         self.last: LastLayerFigures | None = None
-        self.uncast = self.fused = 0
+        self.uncast = self.fused = self.patches = 0
         self.recompute = Recompute()
         self._on = False
 
@@ -95,6 +99,8 @@ class Computing:
                 self.uncast = stack.enter_context(casts_spared(model))
             if self.why_unfused() is None:
                 self.fused = stack.enter_context(lora_fused(model))
+            if self.compute.linear_patches:
+                self.patches = stack.enter_context(patches_linear(model))
             if self._recomputes():
                 stack.enter_context(self.recompute.watching(model))
             self._on = True

@@ -38,6 +38,7 @@ def plain(tmp_path_factory):
         "fuse_lora": False,
         "block_attention": False,
         "spare_cache": False,
+        "linear_patches": False,
         "compile": False,
     }
     return run(tmp_path_factory.mktemp("plain"), **off)
