@@ -12,7 +12,9 @@ from typing import Any
 
 from mmpeft.models.base import base_of
 
-TESTED = frozenset({"llama", "qwen2", "qwen2_vl_text", "qwen3"})
+TESTED = frozenset(
+    {"llama", "mistral", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text", "smollm3"}
+)
 """Types of language models whose compiled layers were tested to give the same losses without compiling anew."""
 
 

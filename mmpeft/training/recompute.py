@@ -17,6 +17,17 @@ logger = logging.getLogger(__name__)
 _PARTS = 4
 """Each time memory does not suffice, so large a part of the layers more is recomputed."""
 
+_LITTLE = 0.1
+"""Of the model's own size, what gradients of earlier micro-batches may take a second time."""
+
+_NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "NPU out of memory",
+)
+"""Texts of errors that accelerate does not know."""
+
 ADVICE = (
     "memory does not suffice for this micro-batch: make batch.micro or batch.tokens smaller (the result stays the "
     "same), data.max_pixels or data.max_length smaller, or use dtype: bfloat16; on several processes, "
@@ -29,8 +40,9 @@ _Result = TypeVar("_Result")
 class Recompute:
     """Lets memory say how many layers are recomputed.
 
-    A step's samples come largest first (`batch.balance`), so how many is settled at the first micro-batch, where
-    nothing has been computed that could be lost.
+    A step's samples come largest first (`batch.balance`), so how many is mostly settled at the first micro-batch. What
+    micro-batches before it gave to the gradients is laid aside while one runs, and added when it has run: where that
+    would take much memory, where whole models train, a later micro-batch does not run again.
 
     Attributes:
         count: layers that are recomputed, or were when the training ended.
@@ -56,27 +68,28 @@ class Recompute:
         """The micro-batch's result.
 
         Raises:
-            RuntimeError: that of the device; memory does not suffice with all layers recomputed either, or gradients
-                of micro-batches before this one would be lost.
+            RuntimeError, MemoryError: that of the device; memory does not suffice with all layers recomputed either, or
+                gradients of micro-batches before this one would be lost.
         """
         if self._layers is None or self.count == self.total:
             with _advising():
                 return micro_batch()
+        earlier = _Gradients(model)
         before = _random_states()
         while True:
-            trained = [weight for weight in model.parameters() if weight.requires_grad]
-            fresh = all(weight.grad is None for weight in trained)
+            last = self.count == self.total or not earlier.aside
             try:
-                return micro_batch()
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                with _advising() if last else contextlib.nullcontext():
+                    result = micro_batch()
+            except (RuntimeError, MemoryError) as error:
+                if last or not lacks_memory(error):
+                    earlier.restore()
                     raise
-                if self.count == self.total or not fresh:
-                    error.add_note(ADVICE)
-                    raise
+            else:
+                earlier.add()
+                return result
             # Behind the handler, whose error holds on to what the micro-batch computed.
-            for weight in trained:
-                weight.grad = None
+            earlier.clear()
             # The same dropout again.
             _restore(before)
             gc.collect()
@@ -91,13 +104,57 @@ class Recompute:
             )
 
 
+class _Gradients:
+    """Gradients that stood before a micro-batch, laid aside, so that what it leaves when it fails is told from them.
+
+    Attributes:
+        aside: whether they are; not where they are many. Then they are not to be had back, and stay where they are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        weights = list(model.parameters())
+        self._trained = [weight for weight in weights if weight.requires_grad]
+        earlier = [(weight, weight.grad) for weight in self._trained if weight.grad is not None]
+        size = sum(gradient.nbytes for _, gradient in earlier)
+        self.aside = size <= _LITTLE * sum(weight.nbytes for weight in weights)
+        self._earlier = earlier if self.aside else []
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop what a micro-batch has left."""
+        if self.aside:
+            for weight in self._trained:
+                weight.grad = None
+
+    def restore(self) -> None:
+        """As they were before the micro-batch, where they were laid aside."""
+        self.clear()
+        for weight, gradient in self._earlier:
+            weight.grad = gradient
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add them to what the micro-batch gave: the same sum as if it had been added to them."""
+        both = [(gradient, weight) for weight, gradient in self._earlier if weight.grad is not None]
+        if both:
+            torch._foreach_add_([gradient for gradient, _ in both], [weight.grad for _, weight in both])
+        for weight, gradient in self._earlier:
+            weight.grad = gradient
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a device, one of its libraries, or the host had no memory for what was asked."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or should_reduce_batch_size(error) or any(text in str(error) for text in _NO_MEMORY)
+
+
 @contextlib.contextmanager
 def _advising() -> Iterator[None]:
     """Let an error for want of memory say what to do."""
     try:
         yield
-    except RuntimeError as error:
-        if should_reduce_batch_size(error):
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
             error.add_note(ADVICE)
         raise
 

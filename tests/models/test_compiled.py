@@ -37,8 +37,8 @@ def steps(model, processor):
 
 
 def built(model_type):
-    if model_type == "qwen2_vl_text":
-        return QWEN["qwen2_vl"]()
+    if model_type.removesuffix("_text") in QWEN:
+        return QWEN[model_type.removesuffix("_text")]()
     processor = tiny_processor()
     return llava_around(model_type, processor), processor
 
@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_the_same_and_no_row_compiles_anew(model_type):
                 if number == 0:
                     after_one = dict(counters["stats"]), dict(counters["frames"])
         assert (dict(counters["stats"]), dict(counters["frames"])) == after_one, "compiled again"
-    assert layers == 2
+    assert layers == len(model.get_decoder().layers)
     assert counters["stats"]["unique_graphs"] > 0
     for (loss, gradients), (found, theirs) in zip(plain, compiled, strict=True):
         assert found == pytest.approx(loss, rel=1e-5)

@@ -12,7 +12,7 @@ from mmpeft import MultimodalCollator, MultimodalTrainer
 from mmpeft.data.encode import encode_sample
 from mmpeft.models.recomputed import RecomputedLayers
 from mmpeft.training.computing import Compute
-from mmpeft.training.recompute import ADVICE, Recompute
+from mmpeft.training.recompute import ADVICE, Recompute, lacks_memory
 from tests.families.models import MODELS
 from tests.families.samples import first_medium
 
@@ -115,7 +115,7 @@ def test_what_a_failed_backward_left_behind_is_not_counted_twice():
     assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
 
 
-@pytest.mark.parametrize("why", ["another error", "gradients of micro-batches before it", "all layers are recomputed"])
+@pytest.mark.parametrize("why", ["another error", "gradients of a whole model before it", "all are recomputed"])
 def test_what_running_again_does_not_cure_is_raised(why):
     model = small()
     recompute = Recompute()
@@ -125,15 +125,92 @@ def test_what_running_again_does_not_cure_is_raised(why):
         tries.append(recompute.count)
         raise RuntimeError("shapes do not fit" if why == "another error" else NO_MEMORY)
 
-    if why == "gradients of micro-batches before it":
+    if why == "gradients of a whole model before it":
         step_of(model)()
         before = gradients(model)
     with recompute.watching(model), pytest.raises(RuntimeError, match=r"shapes|allocate memory") as caught:
         recompute.run(model, step)
     assert getattr(caught.value, "__notes__", []) == ([] if why == "another error" else [ADVICE])
-    assert tries == ([0, 2, 4, 6, 8] if why == "all layers are recomputed" else [0])
-    if why == "gradients of micro-batches before it":
+    assert tries == ([0, 2, 4, 6, 8] if why == "all are recomputed" else [0])
+    if why == "gradients of a whole model before it":
         assert all(torch.equal(*pair) for pair in zip(before, gradients(model), strict=True))
+
+
+def norms_alone(model):
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("norm" in name)
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def test_a_later_micro_batch_runs_again_and_gradients_of_earlier_ones_are_kept():
+    model = small()
+    trained = norms_alone(model)
+    step_of(model)()
+    step_of(model, 24)()
+    whole = [weight.grad.clone() for weight in trained]
+    model.zero_grad()
+    recompute = Recompute()
+    with recompute.watching(model):
+        recompute.run(model, step_of(model))
+        failing_unless_recomputed(model.model.layers[1])
+        recompute.run(model, step_of(model, 24))
+    assert recompute.count == 2
+    assert all(torch.equal(weight.grad, gradient) for weight, gradient in zip(trained, whole, strict=True))
+
+
+def test_an_error_in_a_later_micro_batch_leaves_the_gradients_before_it():
+    model = small()
+    trained = norms_alone(model)
+    step_of(model)()
+    before = [weight.grad.clone() for weight in trained]
+
+    def fail():
+        step_of(model)()
+        raise RuntimeError("shapes do not fit")
+
+    recompute = Recompute()
+    with recompute.watching(model), pytest.raises(RuntimeError, match="shapes"):
+        recompute.run(model, fail)
+    assert all(torch.equal(weight.grad, gradient) for weight, gradient in zip(trained, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (RuntimeError(NO_MEMORY), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.OutOfMemoryError("XPU out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("memory"), False),
+    ],
+)
+def test_it_tells_want_of_memory_from_other_errors(error, lacks):
+    assert lacks_memory(error) == lacks
+
+
+def test_layers_of_a_tower_are_recomputed_where_they_train():
+    model, processor = MODELS["llava"]()
+    own = len(model.get_decoder().layers)
+    model.requires_grad_(False)
+    assert len(RecomputedLayers(model).layers) == own
+    tower = model.model.vision_tower.requires_grad_(True)
+    layers = RecomputedLayers(model)
+    assert len(layers.layers) > own
+    assert layers.layers[-own:] == list(model.get_decoder().layers)
+    batch = MultimodalCollator(processor)([encode_sample(processor, *first_medium(model, 0))])
+    model.train()(**batch).loss.backward()
+    whole = [weight.grad.clone() for weight in tower.parameters() if weight.grad is not None]
+    model.zero_grad()
+    layers.recompute(len(layers.layers))
+    ran = []
+    layers.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    model(**batch).loss.backward()
+    assert len(ran) == 2
+    again = [weight.grad for weight in tower.parameters() if weight.grad is not None]
+    assert whole
+    assert all(torch.equal(*pair) for pair in zip(whole, again, strict=True))
 
 
 LIMITED = """
@@ -197,6 +274,8 @@ def test_training_goes_on_with_the_same_losses(tmp_path):
     _, plain = train(tmp_path, fails=False)
     trainer, loss = train(tmp_path, fails=True)
     assert loss == pytest.approx(plain, rel=1e-6)
-    assert trainer.computing.recompute.count == 1
+    recompute = trainer.computing.recompute
+    # The tower trains, and its layers come first.
+    assert (recompute.count, recompute.total) == (3, 4)
     with pytest.raises(RuntimeError, match="allocate memory"):
         train(tmp_path, fails=True, recompute=False)
