@@ -26,7 +26,7 @@ def patches_linear(model: torch.nn.Module) -> Iterator[int]:
     # As attributes of the instances: their calls, and so all hooks, stay.
     owned = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in owned:
-        layer.forward = partial(_project, layer)
+        layer.forward = partial(_project, layer)  # type: ignore[method-assign]
     try:
         yield len(owned)
     finally:
