@@ -87,6 +87,7 @@ def case_rows(case: Case, size: str, *, epochs: int, found: Found, rates: Sequen
                 "peak_gib": _round(max(result["peak_bytes"] for result in results) / 2**30),
                 "largest_difference_of_loss": float(f"{difference:.2g}"),
                 "before_training_seconds": _round(statistics.median(result["before_seconds"] for result in results)),
+                **_waits(results),
             }
         )
     return rows
@@ -95,6 +96,13 @@ def case_rows(case: Case, size: str, *, epochs: int, found: Found, rates: Sequen
 def _seconds(result: Mapping[str, Any], epochs: int) -> float:
     spent = result["epoch_seconds"]
     return float(result["seconds"]) if len(spent) == epochs else float(sum(spent[:epochs]))
+
+
+def _waits(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How long and how often training waited for data, in the round in which it did longest; {} of a peer."""
+    figures = [result["figures"] for result in results if "figures" in result]
+    longest = max(figures, key=lambda each: each["data_wait_seconds"], default=None)
+    return {} if longest is None else {name: _round(longest[name]) for name in ("data_wait_seconds", "data_waits")}
 
 
 def _round(value: float) -> float:
@@ -111,11 +119,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str
         f"Written by `{facts['command']}`; what is measured, and how, is said there.",
         "",
         "| case | epochs | program | rounds | samples/s (min-max) | mmpeft is faster by (min-max) | it could be by at "
-        "most | share of the matrix product | peak memory | largest difference of loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "most | share of the matrix product | peak memory | largest difference of loss | waited for data |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        faster = most = difference = ""
+        faster = most = difference = waited = ""
         if row["program"] != OURS:
             faster = (
                 f"{row['mmpeft_is_times_as_fast']:.3g} "
@@ -123,11 +131,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str
             )
             most = f"{1 / row['share_of_matrix_product']:.3g}"
             difference = row["largest_difference_of_loss"]
+        if "data_waits" in row:
+            waited = f"{row['data_wait_seconds']:.2f} s, {row['data_waits']:.0f} times"
         lines.append(
             f"| {row['case']} | {row['epochs']} | {row['program']} | {row['rounds']} | {row['samples_per_second']:.3g} "
             f"({row['samples_per_second_min']:.3g}-{row['samples_per_second_max']:.3g}) | {faster} | {most} | "
             f"{row['share_of_matrix_product']:.0%} | {row['peak_gib']:.2f} GiB | "
-            f"{difference} |"
+            f"{difference} | {waited} |"
         )
     lines += [
         "",
