@@ -1,8 +1,8 @@
 """The head and its loss by Liger's kernels (https://github.com/linkedin/Liger-Kernel), on CUDA where it is installed.
 
-Its loss reads and writes a chunk of logits once, where PyTorch's operators do so a few times. It counts the labelled
-tokens on the host, which waits for the GPU once a forward; the rest of the step does not. Not tested on hardware; the
-numbers were compared in Triton's interpreter.
+Its loss reads and writes a chunk of logits once, where PyTorch's operators do so a few times. It waits for the GPU twice
+a micro-batch: in the forward it counts the labelled tokens on the host, in the backward it looks whether the gradient is
+one. The rest of the step does not wait. Not tested on hardware; the numbers were compared in Triton's interpreter.
 """
 
 import importlib

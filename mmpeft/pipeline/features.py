@@ -54,7 +54,11 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
         dataset.keep_features(None)
         return why
     trainer.take_features(cache)
-    if trainer.cut is not None and _for_all(trainer, _towers_rest(recipe, stage, trainer, dataset)):
+    found = _found(trainer, dataset)
+    if found:
+        # The first update is the largest: towers are out of memory before it.
+        cache.expect_kept()
+    if trainer.cut is not None and _for_all(trainer, found or _comes_again(recipe, stage, dataset)):
         trainer.cut = replace(trainer.cut, costs=without_towers(trainer.cut.costs))
     return why
 
@@ -127,13 +131,18 @@ def _pays(recipe: Recipe, trainer: MultimodalTrainer, dataset: TrainData, cache:
     return pays, why
 
 
-def _towers_rest(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: Any) -> bool:
-    """Whether a stage finds most features kept: by runs before it, or because it shows its media more than once."""
-    media = one_of_each_media(dataset)
-    if 2 * len(media) <= _passes(recipe, stage, len(dataset)) * _with_media(dataset):
-        return True
-    probes = _probes(trainer, dataset, media)
+def _found(trainer: MultimodalTrainer, dataset: Any) -> bool:
+    """Whether features are kept already, by runs before this one, as far as a few samples tell."""
+    if isinstance(dataset, Stream):
+        return False
+    probes = _probes(trainer, dataset, one_of_each_media(dataset))
     return bool(probes) and all(carrier["tensors"] is not None for carrier in probes)
+
+
+def _comes_again(recipe: Recipe, stage: StageConfig, dataset: Any) -> bool:
+    """Whether a stage shows its media more than once, so that it finds most of their features kept."""
+    media = len(one_of_each_media(dataset))
+    return 2 * media <= _passes(recipe, stage, len(dataset)) * _with_media(dataset)
 
 
 def _with_media(dataset: Any) -> int:

@@ -52,7 +52,7 @@ from mmpeft.pipeline.tokens import KeptTokens
 from mmpeft.pipeline.workers import set_workers, worker_speedup
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.progress import ProgressDisplay
-from mmpeft.training.resume import last_checkpoint
+from mmpeft.training.resume import last_checkpoint, on_main
 from mmpeft.training.trainer import MultimodalTrainer
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def run_stage(
     main = PartialState().is_main_process
     batch = plan_batch(recipe, PartialState().num_processes)
     steps = count_steps(stage, count_samples(dataset), batch.size)
-    checkpoint, done = (last_checkpoint(folder.checkpoints) if resume else None) or (None, None)
+    checkpoint, done = (on_main(lambda: last_checkpoint(folder.checkpoints)) if resume else None) or (None, None)
     state = {**state, "status": "running", "resumed_from": done}
     PartialState().wait_for_everyone()
     if main:
@@ -157,6 +157,7 @@ def run_stage(
     interrupt = StopOnInterrupt(notify=console.print)
     display = ProgressDisplay(stage.name, console)
     trainer = make_trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
+    trainer.proved_whole = checkpoint
     kept = keep_features(recipe, stage, trainer, dataset)
     served = set_workers(recipe, trainer, dataset)
     texts = KeptTokens(recipe, dataset)

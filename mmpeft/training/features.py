@@ -107,6 +107,10 @@ class FeatureCache:
             with self._lock:
                 self._waiting.pop(key, None)
 
+    def expect_kept(self) -> None:
+        """Let the towers rest as soon as one sample is found kept, before the forward that it is in."""
+        self._in_a_row = _REST_AFTER - 1
+
     def wake(self) -> None:
         """Have the towers where the model is."""
         self._in_a_row = 0

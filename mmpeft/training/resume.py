@@ -5,15 +5,19 @@
       trainer_state.json                              the last that transformers writes
       seal.json                                       {file: {"bytes", "sha256"}} of all, the last of all
 
-A checkpoint without a seal (the plain Trainer's, or one whose process was killed in between) counts as whole where its
-`trainer_state.json` can be read.
+Where no checkpoint has a seal (the plain Trainer's) one counts as whole if its `trainer_state.json` can be read; beside
+one that has, another without was cut short, for other processes may have had files to write.
 """
 
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,6 +28,8 @@ from mmpeft.methods.checkpoint import remove_directory
 logger = logging.getLogger(__name__)
 
 SEAL = "seal.json"
+
+_Found = TypeVar("_Found")
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -58,6 +64,12 @@ def checkpoint_damage(folder: Path) -> str | None:
     return None
 
 
+def on_main(find: Callable[[], _Found]) -> _Found:
+    """What the main process finds, on all of them: reading it once is enough, and a race to remove is none."""
+    [found] = broadcast_object_list([find() if PartialState().is_main_process else None])
+    return cast(_Found, found)
+
+
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The newest whole checkpoint in `folder` and its step; newer ones that are damaged are removed, and named."""
     numbered = {
@@ -65,8 +77,10 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
     }
+    sealed = any((path / SEAL).exists() for path in numbered.values())
     for step, path in sorted(numbered.items(), reverse=True):
-        damage = checkpoint_damage(path)
+        unsealed = sealed and not (path / SEAL).exists()
+        damage = "it was cut short while it was written" if unsealed else checkpoint_damage(path)
         if damage is None:
             return path, step
         logger.warning("%s is damaged (%s); it is removed, and the one before is looked at", path, damage)

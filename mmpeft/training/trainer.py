@@ -36,7 +36,7 @@ from mmpeft.training.loaders import (
 )
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
-from mmpeft.training.resume import SEAL, checkpoint_damage, seal_checkpoint
+from mmpeft.training.resume import SEAL, checkpoint_damage, on_main, seal_checkpoint
 from mmpeft.training.skips import SkipWatch
 from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
@@ -82,6 +82,7 @@ class MultimodalTrainer(Trainer):
         self.waits = DataWaits()
         self._ahead: ReadAhead | None = None
         self._resumed_from: Any = None
+        self.proved_whole: Path | None = None
         super().__init__(*args, **kwargs)
         if features is not None:
             self.take_features(features)
@@ -294,7 +295,8 @@ class MultimodalTrainer(Trainer):
         Raises:
             OutputError: it is damaged.
         """
-        if damage := checkpoint_damage(Path(resume_from_checkpoint)):
+        folder = Path(resume_from_checkpoint)
+        if folder != self.proved_whole and (damage := on_main(lambda: checkpoint_damage(folder))):
             raise OutputError(f"cannot resume from {resume_from_checkpoint}: {damage}; take an older checkpoint")
         own: Any = self.model
         if not isinstance(own, PeftModel):

@@ -190,6 +190,25 @@ def test_towers_rest_while_features_are_kept_and_are_back_for_one_that_is_not(
     assert not cache.towers.resting
 
 
+def test_towers_rest_before_the_first_forward_where_features_are_expected(tmp_path, dataset, processor, store):
+    trained(tmp_path / "a", dataset, processor, TRAINS["projector"], store)
+    model = get_peft_model(tiny_llava(processor), TRAINS["projector"])
+    cache = FeatureCache(plan_features(model, TRAINS["projector"]), store, towers=Noted(model))
+    cache.expect_kept()
+    seen = []
+    model.get_base_model().get_decoder().register_forward_pre_hook(lambda *_: seen.append(cache.towers.resting))
+    MultimodalTrainer(
+        model=model,
+        args=arguments(tmp_path / "b", max_steps=1),
+        train_dataset=KeptDataset(dataset, store),
+        data_collator=MultimodalCollator(processor),
+        features=cache,
+    ).train()
+    assert seen
+    assert all(seen)
+    assert cache.towers.moves == ["rest", "wake"]
+
+
 def test_only_what_is_frozen_and_plain_rests(processor):
     model = get_peft_model(tiny_llava(processor), {"projector": "full", "vision": {"r": 4}})
     towers = RestingTowers(model)

@@ -11,7 +11,7 @@ from mmpeft.methods.plan import base_name
 from mmpeft.training.callbacks import MetricsFile, read_metrics
 from mmpeft.training.computing import Compute
 from mmpeft.training.parts import parameter_groups, rates_now
-from mmpeft.training.resume import last_checkpoint
+from mmpeft.training.resume import last_checkpoint, seal_checkpoint
 from tests.project import StopAfter, write_data
 from tests.tiny import tiny_llava
 
@@ -250,6 +250,17 @@ def test_a_checkpoint_cut_short_is_removed_and_the_one_before_taken(tmp_path, ca
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
     assert "checkpoint-6 is damaged (it was cut short" in caplog.text
+
+
+def test_a_checkpoint_that_was_not_sealed_is_removed_beside_one_that_was(tmp_path):
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", 4)
+    seal_checkpoint(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
+    assert not (tmp_path / "checkpoint-4").exists()
 
 
 def cut(path):
