@@ -49,7 +49,7 @@ $(BENCH_STAMP): $(STAMP)
 	rm -f .venv/.bench-*
 	touch $@
 
-# BENCH: more of its flags, such as BENCH="--all --compiled --rounds 1".
+# BENCH: more of its flags, such as BENCH="--quick --compiled --rounds 1".
 bench-peers: $(BENCH_STAMP) $(SWIFT)/.ready $(LLAMA_FACTORY)/.ready ## Training speed against TRL, ms-swift and LLaMA-Factory
 	$(BIN)/python benchmarks/training_speed.py \
 		--swift $(SWIFT)/bin/python --llama-factory $(LLAMA_FACTORY)/bin/python $(BENCH)

@@ -1,6 +1,6 @@
 """Training speed at equal maths: mmpeft against TRL, and against ms-swift where it is given, in alternation.
 
-    python benchmarks/training_speed.py [--case NAME|--all] [--rounds 2] [--minutes 8] [--trl PYTHON] [--swift PYTHON]
+    python benchmarks/training_speed.py [--case NAME|--quick] [--rounds 2] [--minutes 8] [--trl PYTHON] [--swift PYTHON]
 
 A LLaVA of the shape of SmolLM2-135M with a CLIP ViT-B/16 tower, and a Qwen2.5-VL of like size (random weights, real
 processors), train on the same samples in the same order, from the same adapter, at the same learning rate. Cases are in
@@ -18,7 +18,8 @@ torch.compile is off in runs as short as these (`compute.compile: auto`), for it
 
 `--device cuda --size 0.5b|3b|7b` does the same on a GPU in bfloat16, with absolute samples/s and FLOP/s; it has
 not been run on hardware yet.
-Writes benchmarks/results/training_speed.json and .md, anew after each round; the figure to trust is the ratio.
+Writes benchmarks/results/training_speed.json and .md, anew after each round, where every case runs; of some cases only
+where --results says so. The figure to trust is the ratio.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def _programs(options: argparse.Namespace) -> list[Program]:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    names = options.case or (list(CASES) if options.all else list(QUICK))
+    names = options.case or (QUICK if options.quick else CASES)
     cases = [CASES[name] for name in names]
     if options.device == "cuda":
         # Enough work that a step is not all launches: a GPU is fast, and its clock has to settle.
@@ -168,6 +169,16 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
+def _command(options: argparse.Namespace) -> str:
+    """What was called, without the places of this machine."""
+    cases = [f"--case {name}" for name in options.case or ()]
+    flags = [f"--{name}" for name in ("quick", "tiny", "plain", "compiled") if getattr(options, name)]
+    gpu = [f"--device {options.device}", f"--size {options.size}"] if options.device != "cpu" else []
+    words = [*cases, *flags, *gpu, f"--rounds {options.rounds}", f"--minutes {options.minutes:g}"]
+    given = " ".join(words)
+    return f'make bench-peers BENCH="{given}"' if options.swift else f"python benchmarks/training_speed.py {given}"
+
+
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
@@ -176,7 +187,7 @@ def _say(text: str) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="may be given several times")
-    parser.add_argument("--all", action="store_true", help="every case")
+    parser.add_argument("--quick", action="store_true", help="four cases, each finding once")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=8, help="a further round begins only if it fits")
     parser.add_argument(
@@ -189,10 +200,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=SIZES, help="default: 135m on CPU, 0.5b on a GPU")
     parser.add_argument("--tiny", action="store_true", help="a smoke test: tiny models, against transformers' Trainer")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file; the table goes beside it")
+    parser.add_argument("--results", type=Path, help="the JSON file; the table goes beside it")
     options = parser.parse_args()
     options.size = options.size or ("tiny" if options.tiny else "0.5b" if options.device == "cuda" else "135m")
     options.plain = options.plain or options.tiny
+    if options.results is None and not (options.case or options.quick or options.tiny):
+        options.results = RESULTS if options.device == "cpu" else RESULTS.with_stem(f"{RESULTS.stem}_{options.device}")
     return options
 
 
@@ -201,18 +214,20 @@ def main() -> None:
     options = _options()
     programs = _programs(options)
     facts = {
-        "command": "make bench-peers" if options.swift else "python benchmarks/training_speed.py",
+        "command": _command(options),
         "hardware": hardware(torch.device(options.device)),
         "versions": versions(),
         "programs": {program.name: program.version for program in programs[1:]},
         "size": options.size,
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    if options.results is not None:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
     page = ""
     for found in measure(options, _cases(options), programs):
         page = markdown(found["rows"], {**facts, **found})
-        options.results.write_text(json.dumps({**facts, **found}, indent=2) + "\n", encoding="utf-8")
-        options.results.with_suffix(".md").write_text(page, encoding="utf-8")
+        if options.results is not None:
+            options.results.write_text(json.dumps({**facts, **found}, indent=2) + "\n", encoding="utf-8")
+            options.results.with_suffix(".md").write_text(page, encoding="utf-8")
     sys.stdout.write(page)
 
 

@@ -67,7 +67,7 @@ def _cases() -> tuple[Case, ...]:
 
 CASES: dict[str, Case] = {case.name: case for case in _cases()}
 QUICK = ("distinct-lora-llava-fp32", "distinct-lora-llava-bf16", "eight-lora-llava-fp32", "mixed-lora-llava-bf16")
-"""What runs unless cases are named: each finding once."""
+"""What `--quick` runs: each finding once."""
 
 _MIXED = ((1, 12), (0, 20), (1, 300), (0, 12), (1, 12), (0, 400), (0, 30), (1, 40))
 """Pictures, and bytes of the answer, of eight samples of `mixed`."""

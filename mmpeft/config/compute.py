@@ -23,8 +23,8 @@ class ComputeConfig(Block):
     bfloat16, on one process, for language models tested with it, where training would take about twenty minutes."""
     checkpointing: Switch = "auto"
     """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work. `auto`: for as
-    many layers as memory asks for, found on one process by running a micro-batch again; for all of them where
-    the stage's `trainer` block has `activation_checkpointing`."""
+    many layers as memory asks for, found on one process, where layers are not compiled, by running a micro-batch
+    again; for all of them where the stage's `trainer` block has `activation_checkpointing`."""
     spare_casts: bool = True
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
     fuse_lora: bool = True

@@ -41,6 +41,7 @@ _OWNED_BY_RECIPE = {
     "use_cpu": "device",
     "resume_from_checkpoint": "the option --resume",
     "dataloader_num_workers": "data.workers",
+    "dataloader_drop_last": "nothing: the last update of an epoch has the samples that are left",
     "remove_unused_columns": "nothing: the data set returns only what the model takes",
     "push_to_hub": "nothing yet: push the adapter directory when the run is done",
 }

@@ -215,7 +215,8 @@ class _HeadHooks:
         if labels is None:
             return None
         kept = len(labels) * len(keep) if isinstance(keep, torch.Tensor) else labels.numel()
-        self._count(labels.numel(), kept)
+        if torch.is_grad_enabled():
+            self._count(labels.numel(), kept)
         if not self._chunks(kept) and (self.takes_indices or "logits_to_keep" not in kwargs):
             return None
         kwargs = dict(kwargs)

@@ -73,7 +73,7 @@ class _Hooks:
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = kwargs.get("logits_to_keep") if kwargs.get("labels") is not None else None
         self.keep = keep if isinstance(keep, torch.Tensor) else None
-        if self.keep is not None:
+        if self.keep is not None and torch.is_grad_enabled():
             rows, tokens = kwargs["labels"].shape
             self.figures.tokens += rows * tokens
             self.figures.kept += rows * len(self.keep)

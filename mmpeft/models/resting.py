@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mmpeft.families.registry import family_of
 from mmpeft.models.base import base_of
@@ -26,6 +27,9 @@ class RestingTowers:
     def __init__(self, model: Any) -> None:
         base = base_of(model)
         spec = family_of(base)
+        # transformers takes the place of a model's first weight for that of the model, also in forwards.
+        models = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
+        first = {id(next(module.parameters(), None)) for module in models}
         self._weights = [
             weight
             for name, weight in base.named_parameters()
@@ -34,6 +38,7 @@ class RestingTowers:
             and weight.is_floating_point()
             and not weight.is_meta
             and not weight.requires_grad
+            and id(weight) not in first
         ]
         self._homes: list[torch.device] = []
         self.bytes = sum(weight.nbytes for weight in self._weights)

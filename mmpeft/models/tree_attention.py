@@ -210,9 +210,19 @@ def _seen(run: _Run, before: int, window: int | None, device: torch.device) -> t
     return seen
 
 
-def _tree_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    # Without a padding mask a row is a tree, or causal alone; transformers would build a square block mask for it.
-    return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
+class _Masks:
+    """What the layers of a forward get for a mask: those of a row none, any other what they get under SDPA."""
+
+    def __init__(self) -> None:
+        self.row = False
+
+    def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See whether a forward is one of a row."""
+        self.row = "tree" in kwargs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        # transformers would build a square block mask for a row.
+        return None if self.row and kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
 @cache
@@ -230,8 +240,10 @@ def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
         blocks: compute in large matrix products, or a row in one call, where that is faster.
     """
     AttentionInterface.register(NAME, _uncompiled(blocks))
-    AttentionMaskInterface.register(NAME, _tree_mask)
+    masks = _Masks()
+    AttentionMaskInterface.register(NAME, masks)
     base: Any = base_of(model)
+    looking = base.register_forward_pre_hook(masks.look, with_kwargs=True)
     text = base.config.get_text_config()
     key = next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), "")
     before = text._attn_implementation
@@ -240,6 +252,7 @@ def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation({key: before})
+        looking.remove()
 
 
 def at_once(model: Any, dtype: torch.dtype, device: torch.device) -> bool:

@@ -80,6 +80,12 @@ def training_arguments(
     Raises:
         RecipeError: transformers refuses a value of the `trainer` block, or what a value needs is not installed.
     """
+    if recipe.compute.checkpointing is True:
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if stage.trainer.get(name) is False:
+                raise RecipeError(
+                    f"stages.{stage.name}.trainer.{name}: compute.checkpointing is true; drop one of them"
+                )
     device = PartialState().device.type
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "cosine",

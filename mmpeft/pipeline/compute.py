@@ -35,6 +35,8 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
     """
     switch = recipe.compute.chunked_loss
     obstacle = unchunkable(model)
+    if switch is True and not obstacle and (args.deepspeed or args.fsdp):
+        obstacle = "the head's weights are spread over processes"
     if switch is True and obstacle:
         raise RecipeError(f"compute.chunked_loss: {obstacle}; leave it out")
     return Compute(
@@ -101,6 +103,7 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
         _cache(recipe, trainer),
         _mask(trainer),
         _patches(recipe, trainer),
+        _liger(recipe, head),
         Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
         _checkpointing(recipe, trainer),
     ]
@@ -126,7 +129,6 @@ def _chunked(recipe: Recipe, trainer: MultimodalTrainer, head: HeadFigures) -> S
     if head.chunked:
         why = "it was asked for" if switch is True else f"{head.entries:,} logits of a forward exceed {AUTO_ENTRIES:,}"
         saved = {"bytes": float(FLOAT32 * (head.entries - head.largest))}
-        why = f"{why}; by Liger's kernels" if head.liger else why
         return Speedup(name=name, on=True, why=why, saved=saved)
     if switch is False:
         return Speedup(name=name, on=False, why="compute.chunked_loss is false")
@@ -136,6 +138,15 @@ def _chunked(recipe: Recipe, trainer: MultimodalTrainer, head: HeadFigures) -> S
         or ("the head's weights are spread over processes" if spread else None)
         or f"the most logits of a forward are {head.entries:,}, and {AUTO_ENTRIES:,} fit"
     )
+    return Speedup(name=name, on=False, why=why)
+
+
+def _liger(recipe: Recipe, head: HeadFigures) -> Speedup:
+    name = "compute.liger"
+    if head.liger:
+        return Speedup(name=name, on=True, why="Liger's kernels computed the chunks of logits")
+    asked = recipe.compute.liger
+    why = "no chunk of logits was computed on CUDA with liger-kernel installed" if asked else f"{name} is false"
     return Speedup(name=name, on=False, why=why)
 
 
@@ -179,7 +190,8 @@ def _mask(trainer: MultimodalTrainer) -> Speedup:
 def _patches(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
     name = "compute.linear_patches"
     if trainer.computing.patches:
-        return Speedup(name=name, on=True, why="the tower's patches are projected by a matrix product")
+        saved = {"convolutions a forward": float(trainer.computing.patches)}
+        return Speedup(name=name, on=True, why="the tower's patches are projected by a matrix product", saved=saved)
     asked = recipe.compute.linear_patches
     why = "no tower has a convolution that takes patches one by one" if asked else "compute.linear_patches is false"
     return Speedup(name=name, on=False, why=why)
@@ -191,6 +203,5 @@ def _checkpointing(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
         return Speedup(name=name, on=True, why="it was asked for")
     if recompute.count:
         why = f"memory did not suffice until {recompute.count} of {recompute.total} layers were computed again"
-        return Speedup(name=name, on=True, why=why)
-    switch = recipe.compute.checkpointing
-    return Speedup(name=name, on=False, why=f"{name} is false" if switch is False else "memory sufficed without it")
+        return Speedup(name=name, on=True, why=why, saved={"layers' activations": float(recompute.count)})
+    return Speedup(name=name, on=False, why=trainer.computing.why_not_recomputed() or "memory sufficed without it")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.packing import PackedCollator
@@ -17,6 +18,7 @@ from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last_layer_spared
 from mmpeft.models.linear_patches import patches_linear
 from mmpeft.models.mask_free import needs_mask, without_mask
+from mmpeft.models.recomputed import RecomputedLayers
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import at_once, tree_attention_on
 from mmpeft.training.recompute import Recompute
@@ -53,6 +55,10 @@ class Compute:
     recompute: bool = True
 
 
+_IN_BACKWARD = ("lomo", "adalomo", *(name for name in map(str, OptimizerNames) if name.endswith("_layerwise")))
+"""Optimizers that change weights while the backward runs: half of one cannot be taken back."""
+
+
 class Computing:
     """Puts it on the model of a Trainer, once however deep evaluation lies in training.
 
@@ -74,8 +80,12 @@ class Computing:
         self._on = False
 
     @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
-        """While it lasts, the model takes the batches of the Trainer's collator."""
+    def on(self, *, training: bool = False) -> Iterator[None]:
+        """While it lasts, the model takes the batches of the Trainer's collator.
+
+        Args:
+            training: whether it is training that begins; figures are those of training, also behind evaluation.
+        """
         if self._on:
             yield
             return
@@ -90,9 +100,11 @@ class Computing:
                 stack.enter_context(tree_attention_on(model, blocks=self.compute.block_attention))
             if self.why_last_whole() is None:
                 # Before the hooks of the loss, which take from some forwards what it goes by.
-                self.last = stack.enter_context(last_layer_spared(model))
+                last = stack.enter_context(last_layer_spared(model))
+                self.last = last if training or self.last is None else self.last
             if self._known():
-                self.head = stack.enter_context(head_loss_on(model, chunked=self._chunked(), liger=self.compute.liger))
+                head = stack.enter_context(head_loss_on(model, chunked=self._chunked(), liger=self.compute.liger))
+                self.head = head if training or self.head is None else self.head
             if self.compute.compile:
                 stack.enter_context(layers_compiled(model))
             if self.compute.spare_casts and self.trainer.accelerator.native_amp:
@@ -101,7 +113,7 @@ class Computing:
                 self.fused = stack.enter_context(lora_fused(model))
             if self.compute.linear_patches:
                 self.patches = stack.enter_context(patches_linear(model))
-            if self._recomputes():
+            if training and self.why_not_recomputed() is None:
                 stack.enter_context(self.recompute.watching(model))
             self._on = True
             try:
@@ -121,11 +133,22 @@ class Computing:
             return "weights are spread over processes"
         return "compiled layers fuse it themselves" if self.compute.compile else None
 
-    def _recomputes(self) -> bool:
-        """Whether a micro-batch may run again: not where other processes would wait for it."""
-        alone = self.trainer.args.world_size == 1 and not self.trainer.is_deepspeed_enabled
-        asked = self.compute.recompute and not self.trainer.args.activation_checkpointing
-        return asked and alone and self._known() and not self.compute.compile
+    def why_not_recomputed(self) -> str | None:
+        """Why a micro-batch that lacks memory does not run again; None if it does."""
+        args = self.trainer.args
+        if args.activation_checkpointing:
+            return "all layers are recomputed already"
+        if not self.compute.recompute:
+            return "compute.checkpointing is false"
+        if args.world_size > 1 or self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+            return "other processes would wait for a micro-batch that runs again"
+        if self.compute.compile:
+            return "layers run compiled (compute.compile)"
+        if str(args.optim) in _IN_BACKWARD:
+            return f"the optimizer {args.optim} updates weights in the backward"
+        if not self._known():
+            return "the model is none of transformers"
+        return None if RecomputedLayers(self.trainer.model).layers else "the model's layers cannot be recomputed"
 
     def why_unblocked(self) -> str | None:
         """Why attention runs a sample at a time; None if a row is computed at once."""

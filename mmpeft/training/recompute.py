@@ -30,8 +30,8 @@ _NO_MEMORY = (
 
 ADVICE = (
     "memory does not suffice for this micro-batch: make batch.micro or batch.tokens smaller (the result stays the "
-    "same), data.max_pixels or data.max_length smaller, or use dtype: bfloat16; on several processes, "
-    "compute.checkpointing: true"
+    "same), data.max_pixels or data.max_length smaller, or use dtype: bfloat16; on several processes, or where layers "
+    "are compiled (compute.compile), compute.checkpointing: true"
 )
 
 _Result = TypeVar("_Result")
@@ -75,7 +75,8 @@ class Recompute:
             with _advising():
                 return micro_batch()
         earlier = _Gradients(model)
-        before = _random_states()
+        device = next(model.parameters()).device
+        before = _random_states(device)
         while True:
             last = self.count == self.total or not earlier.aside
             try:
@@ -91,7 +92,7 @@ class Recompute:
             # Behind the handler, whose error holds on to what the micro-batch computed.
             earlier.clear()
             # The same dropout again.
-            _restore(before)
+            _restore(before, device)
             gc.collect()
             clear_device_cache()
             self.count = min(self.total, self.count + math.ceil(self.total / _PARTS))
@@ -159,15 +160,14 @@ def _advising() -> Iterator[None]:
         raise
 
 
-def _random_states() -> list[torch.Tensor]:
-    """Of the CPU, and of the accelerator that is used."""
-    device = torch.accelerator.current_accelerator()
-    module: Any = getattr(torch, device.type) if device is not None else None
-    return [torch.get_rng_state(), *([module.get_rng_state()] if hasattr(module, "get_rng_state") else [])]
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU, and of the accelerator that the model is on."""
+    module: Any = getattr(torch, device.type, None)
+    states = [module.get_rng_state(device)] if device.type != "cpu" and hasattr(module, "get_rng_state") else []
+    return [torch.get_rng_state(), *states]
 
 
-def _restore(states: list[torch.Tensor]) -> None:
+def _restore(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    device = torch.accelerator.current_accelerator()
-    if device is not None and len(states) > 1:
-        getattr(torch, device.type).set_rng_state(states[1])
+    for state in states[1:]:
+        getattr(torch, device.type).set_rng_state(state, device)

@@ -5,8 +5,8 @@
       trainer_state.json                              the last that transformers writes
       seal.json                                       {file: {"bytes", "sha256"}} of all, the last of all
 
-Where no checkpoint has a seal (the plain Trainer's) one counts as whole if its `trainer_state.json` can be read; beside
-one that has, another without was cut short, for other processes may have had files to write.
+A checkpoint without a seal (the plain Trainer's) counts as whole if its `trainer_state.json` can be read; but one that
+is newer than another with a seal was cut short, for other processes may have had files to write.
 """
 
 import json
@@ -77,9 +77,9 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
     }
-    sealed = any((path / SEAL).exists() for path in numbered.values())
+    sealed = min((step for step, path in numbered.items() if (path / SEAL).exists()), default=None)
     for step, path in sorted(numbered.items(), reverse=True):
-        unsealed = sealed and not (path / SEAL).exists()
+        unsealed = sealed is not None and step > sealed and not (path / SEAL).exists()
         damage = "it was cut short while it was written" if unsealed else checkpoint_damage(path)
         if damage is None:
             return path, step

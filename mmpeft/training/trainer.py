@@ -1,6 +1,7 @@
 """`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
 
 import functools
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ from mmpeft.training.resume import SEAL, checkpoint_damage, on_main, seal_checkp
 from mmpeft.training.skips import SkipWatch
 from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
+
+logger = logging.getLogger(__name__)
 
 
 class MultimodalTrainer(Trainer):
@@ -83,9 +86,15 @@ class MultimodalTrainer(Trainer):
         self._ahead: ReadAhead | None = None
         self._resumed_from: Any = None
         self.proved_whole: Path | None = None
+        _one_device(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         if features is not None:
             self.take_features(features)
+        if self.compute_metrics is not None and getattr(self.data_collator, "supervised_only", False):
+            raise RecipeError(
+                "compute_metrics reads the logits of every position; give "
+                "data_collator=MultimodalCollator(processor, supervised_only=False)"
+            )
         if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
@@ -195,6 +204,12 @@ class MultimodalTrainer(Trainer):
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
         return self.computing.recompute.run(model, step)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """The Trainer's own; from pinned memory without waiting for the device."""
+        if isinstance(data, torch.Tensor) and self.args.device.type != "cpu" and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, on a packed row with the positions that the family gives it, and on kept features."""
         check_attention(self.model, inputs)
@@ -227,7 +242,7 @@ class MultimodalTrainer(Trainer):
         self._window_start = time.perf_counter()
         model: Any = self.model
         self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
-        with naming_lost_workers(), self.computing.on():
+        with naming_lost_workers(), self.computing.on(training=True):
             # Behind the hook that gives outputs their loss.
             hook = model.register_forward_hook(reach_what_trains)
             try:
@@ -340,6 +355,16 @@ class _EndOfEpoch(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end_reading()
+
+
+def _one_device(args: TrainingArguments | None) -> None:
+    """Train on one device a process: `DataParallel`, which the Trainer takes on several, cuts packed rows apart."""
+    if args is not None and args.n_gpu > 1:
+        logger.warning(
+            "%d devices are here, and this process trains on one; `accelerate launch -m mmpeft run RECIPE` uses all",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
 
 
 class _EpochOfData(TrainerCallback):

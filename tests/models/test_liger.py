@@ -37,8 +37,19 @@ class OnCuda:
     ids=["bfloat16", "float32", "not installed", "on a CPU", "float16", "another format", "no plain head"],
 )
 def test_it_computes_plain_heads_on_cuda_where_it_is_installed(monkeypatch, installed, hidden, head, taken):
-    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(liger, "_loss", lambda: object() if installed else None)
     assert liger_takes(head, hidden) is taken
+
+
+def test_one_that_does_not_go_with_what_is_installed_is_named_and_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(liger, "PACKAGE", "no_such_liger")
+    liger._loss.cache_clear()
+    try:
+        assert not liger_takes(torch.nn.Linear(4, 8), OnCuda(torch.float32))
+        assert "No module named 'no_such_liger'" in caplog.text
+    finally:
+        liger._loss.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "granite"])

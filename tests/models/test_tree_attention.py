@@ -170,3 +170,16 @@ def test_masks_that_evaluation_made_serve_training():
         tree_attention(None, query, key, value, None, tree=tree)
     tree_attention(None, query.requires_grad_(), key, value, None, tree=tree)[0].sum().backward()
     assert query.grad.abs().sum() > 0
+
+
+def test_a_forward_that_is_no_row_keeps_its_window():
+    model = llava_around("mistral", tiny_processor())
+    model.config.get_text_config().sliding_window = 4
+    ids = torch.arange(12)[None] + 5
+    expected = model(input_ids=ids).logits
+    with tree_attention_on(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    model.config.get_text_config().sliding_window = None
+    assert not torch.allclose(model(input_ids=ids).logits, expected), (
+        "the window changed nothing, so nothing was tested"
+    )

@@ -24,10 +24,12 @@ from mmpeft import Recipe
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.families.registry import family_of
 from mmpeft.methods.attach import get_peft_model
+from mmpeft.models.base import base_of
 from mmpeft.models.load import auto_class, load_processor
 from mmpeft.training.callbacks import read_metrics
 from tests.families.models import FIRST_CLASS, SINGLE_TURN
 from tests.families.samples import SIZES, picture
+from tests.training.test_recompute import failing_unless_recomputed
 
 BOTH = {"projector": "full", "language": {"r": 4, "lora_alpha": 8}}
 LORA = {"language": {"r": 4, "lora_alpha": 8}}
@@ -68,6 +70,11 @@ FEATURES = {
     "spare_mask": {"compute": {"spare_mask": True}},
     "linear_patches": {"compute": {"linear_patches": True}},
     "checkpointing": {"compute": {"checkpointing": True}},
+    "again": {
+        "batch": {"packing": True, "share_media": True},
+        "compute": {"supervised_only": True, "chunked_loss": True, "fuse_lora": True, "checkpointing": "auto"},
+        "cache": {"features": True},
+    },
     "all": {
         "batch": {"packing": True, "share_media": True, "tokens": BUDGET, "balance": True},
         "compute": {
@@ -97,6 +104,7 @@ REPORTED = {
     "spare_mask": "compute.spare_mask",
     "linear_patches": "compute.linear_patches",
     "checkpointing": "compute.checkpointing",
+    "again": "compute.checkpointing",
 }
 """What a stage's record calls them."""
 PACKED = {name for name, blocks in FEATURES.items() if blocks.get("batch", {}).get("packing")}
@@ -185,10 +193,13 @@ def write_recipe(folder, base, blocks, *, train=BOTH, size, **stage):
 
 
 class Spy(TrainerCallback):
-    """Scatters what trains, for a fresh LoRA has no gradient in one half; keeps loss and gradients of each step."""
+    """Scatters what trains, for a fresh LoRA has no gradient in one half; keeps loss and gradients of each step.
 
-    def __init__(self):
-        self.start, self.steps, self.losses = {}, [], []
+    With `fails`, memory does not suffice for a micro-batch until the language model's first layer is recomputed.
+    """
+
+    def __init__(self, *, fails=False):
+        self.start, self.steps, self.losses, self.fails = {}, [], [], fails
 
     def on_train_begin(self, args, state, control, model=None, **_):
         torch.manual_seed(1)
@@ -197,6 +208,8 @@ class Spy(TrainerCallback):
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
                     self.start[name] = parameter.detach().clone()
+        if self.fails:
+            failing_unless_recomputed(base_of(model).get_decoder().layers[0])
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -239,7 +252,7 @@ def check(family, base, feature, samples, monkeypatch, train=BOTH):
         dataset = mmpeft.load_dataset(folder / "train.json", processor=load_processor(str(base)))
         rows = [{key: torch.as_tensor(value) for key, value in dataset[index].items()} for index in range(len(dataset))]
         blocks = blocks_of(family, feature, max(len(row["input_ids"]) for row in rows))
-        spy = Spy()
+        spy = Spy(fails=feature == "again")
         callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, spy]
         recipe = write_recipe(folder, base, blocks, train=train, size=len(samples), epochs=2)
         with monkeypatch.context() as patch:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 from mmpeft import MultimodalCollator, MultimodalTrainer
+from mmpeft.core.errors import RecipeError
 from mmpeft.data.encode import encode_sample
 from mmpeft.training.computing import Compute
 from tests.families.models import MODELS
@@ -56,13 +58,84 @@ def test_evaluation_inside_training_puts_nothing_on_twice(tmp_path):
     assert once == (4, 1, 1)
 
 
-def test_metrics_read_whole_logits(tmp_path):
-    trainer, batch = trainer_of(tmp_path, "llava", chunked_loss=True)
-    with trainer.computing.on():
-        assert trainer.model(**batch).logits.shape[1] == 0
-    trainer.compute_metrics = lambda prediction: {}
-    with trainer.computing.on():
-        assert trainer.model(**batch).logits.shape[1] == len(batch["logits_to_keep"])
+def test_metrics_of_logits_ask_for_a_collator_that_keeps_all(tmp_path):
+    trainer, _ = trainer_of(tmp_path, "llava")
+    processor = MODELS["llava"]()[1]
+    given = {"model": trainer.model, "args": trainer.args, "compute_metrics": lambda prediction: {}}
+    with pytest.raises(RecipeError, match="supervised_only=False"):
+        MultimodalTrainer(data_collator=trainer.data_collator, **given)
+    whole = MultimodalCollator(processor, supervised_only=False)
+    metered = MultimodalTrainer(data_collator=whole, eval_dataset=trainer.eval_dataset, **given)
+    batch = whole([trainer.eval_dataset[index] for index in range(2)])
+    with metered.computing.on():
+        assert metered.model(**batch).logits.shape[:2] == batch["labels"].shape
+
+
+def test_a_process_trains_on_one_device(tmp_path, caplog):
+    model, processor = MODELS["llava"]()
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=3)
+    assert args.n_gpu <= 1
+    args._n_gpu = 4
+    trainer = MultimodalTrainer(model=model, args=args, data_collator=MultimodalCollator(processor))
+    assert args.train_batch_size == 3
+    assert trainer._wrap_model(trainer.model) is trainer.model
+    assert "4 devices are here" in caplog.text
+
+
+class Moves(TorchDispatchMode):
+    """Whether copies to another device waited for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.waits.append(not (kwargs or {}).get("non_blocking"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinned_batches_are_moved_without_waiting_for_the_device(tmp_path, monkeypatch, pinned):
+    trainer, _ = trainer_of(tmp_path, "llava")
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    with Moves() as moves:
+        moved = trainer._prepare_input({"pixel_values": torch.zeros(2), "more": [torch.ones(1)]})
+    assert moved["pixel_values"].is_meta
+    assert moved["more"][0].is_meta
+    assert moves.waits == [not pinned] * 2
+
+
+def test_figures_are_those_of_training_alone(tmp_path):
+    trainer, _ = trainer_of(tmp_path, "llava")
+    trainer.train_dataset, trainer.args.max_steps = trainer.eval_dataset, 1
+    trainer.model.train()
+    trainer.train()
+    head, last = trainer.computing.head, trainer.computing.last
+    counted = head.positions, last.tokens
+    assert min(counted) > 0
+    trainer.evaluate()
+    assert (trainer.computing.head, trainer.computing.last) == (head, last)
+    assert (head.positions, last.tokens) == counted
+
+
+@pytest.mark.parametrize(
+    ("compute", "args", "why"),
+    [
+        ({}, {}, None),
+        ({"recompute": False}, {}, "compute.checkpointing is false"),
+        ({"compile": True}, {}, "layers run compiled"),
+        ({}, {"optim": "lomo"}, "updates weights in the backward"),
+        ({}, {"activation_checkpointing": True}, "already"),
+    ],
+)
+def test_it_says_why_a_micro_batch_would_not_run_again(tmp_path, compute, args, why):
+    trainer, _ = trainer_of(tmp_path, "llava", **compute)
+    for name, value in args.items():
+        setattr(trainer.args, name, value)
+    found = trainer.computing.why_not_recomputed()
+    assert found is None if why is None else why in found
 
 
 def test_padded_batches_go_without_a_mask_and_are_counted_all_the_same(tmp_path):

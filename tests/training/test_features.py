@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from mmpeft import MultimodalCollator, MultimodalTrainer, get_peft_model, load_dataset
 from mmpeft.core.errors import RecipeError
@@ -15,6 +16,7 @@ from mmpeft.models.features import plan_features
 from mmpeft.models.resting import RestingTowers
 from mmpeft.training import features as training_features
 from mmpeft.training.features import FeatureCache
+from tests.families.models import FIRST_CLASS
 from tests.project import write_data
 from tests.tiny import tiny_llava
 from tests.training.test_trainer import arguments
@@ -214,7 +216,8 @@ def test_only_what_is_frozen_and_plain_rests(processor):
     towers = RestingTowers(model)
     vision = model.get_base_model().model.vision_tower
     frozen = [weight for weight in vision.parameters() if not weight.requires_grad]
-    assert towers.bytes == sum(weight.nbytes for weight in frozen) > 0
+    # The first stays, by whose place transformers tells where the model is.
+    assert towers.bytes == sum(weight.nbytes for weight in frozen[1:]) > 0
     before = [(weight.data_ptr(), weight.device) for weight in model.parameters()]
     towers.rest()
     assert towers.resting
@@ -222,6 +225,17 @@ def test_only_what_is_frozen_and_plain_rests(processor):
     towers.wake()
     assert not towers.resting
     assert [(weight.data_ptr(), weight.device) for weight in model.parameters()] == before
+
+
+@pytest.mark.parametrize("family", FIRST_CLASS)
+def test_the_device_that_a_model_says_it_is_on_stays(family):
+    model = FIRST_CLASS[family]()[0].requires_grad_(False)
+    towers = RestingTowers(model)
+    resting = {id(weight) for weight in towers._weights}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    assert resting
+    # `PreTrainedModel.device` is that of its first weight.
+    assert not resting.intersection(id(next(module.parameters())) for module in models)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
