@@ -25,6 +25,7 @@ from mmpeft.data.roots import is_url, resolve_inside
 from mmpeft.data.types import PLACEHOLDERS, WORDS, Media, Question, Turn
 from mmpeft.evaluation.decode import Decoder, Work, obstacle, placed
 from mmpeft.evaluation.shared_media import SharedMedia
+from mmpeft.models.linear_patches import patches_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def answer_questions(
             batch_size=batch_size,
             finish=finish,
         )
-        with torch.no_grad(), _evaluating(model), _one_precision(model):
+        with _evaluating(model):
             decoder.run()
         work = decoder.work
     else:
@@ -303,7 +304,7 @@ def _generate(model: Any, processor: Any, rows: Sequence[Encoded], max_new_token
         pad_token_id=pad,
         use_cache=True,
     )
-    with torch.no_grad(), _evaluating(model), _one_precision(model):
+    with _evaluating(model):
         output = model.generate(**placed(batch, model), generation_config=config)
     return [_text(tokenizer, row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
@@ -315,10 +316,12 @@ def _text(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout and gradients, in one precision, and with patches projected as in training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad(), patches_linear(model), _one_precision(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training

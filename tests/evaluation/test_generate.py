@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import numpy as np
@@ -104,6 +105,22 @@ def test_modes_and_padding_are_as_they_were(llava, processor, questions, tmp_pat
     with pytest.raises(DataError, match=r"question '1': picture 'gone.png' does not exist"):
         answer_questions(llava, processor, [lost], media_root=tmp_path)
     assert [module.training for module in llava.modules()] == modes
+
+
+@pytest.mark.parametrize("share_media", [True, False])
+def test_patches_are_projected_by_a_matrix_product(tmp_path, monkeypatch, share_media):
+    model, processor = MODELS["qwen2_5_vl"]()
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "0.png")
+    asked = [Question(id="0", prompt=ask("What?", "0.png"), images=("0.png",), reference="x")]
+    given = {"media_root": tmp_path, "max_new_tokens": 4, "share_media": share_media}
+    plain = torch.nn.Conv3d.forward
+    ran = []
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", lambda self, x: ran.append(1) or plain(self, x))
+    with_product = answer_questions(model, processor, asked, **given)
+    assert not ran
+    monkeypatch.setattr(generate, "patches_linear", lambda model: contextlib.nullcontext())
+    assert answer_questions(model, processor, asked, **given) == with_product
+    assert ran
 
 
 def test_dropout_does_not_reach_the_answers(talkative, processor, questions, tmp_path):
