@@ -177,6 +177,9 @@ def cut(items: Sequence[Item], count: int, bounds: Bounds, costs: CostModel) -> 
     Args:
         items: the step's samples.
         count: at least `count_micro_batches(items, bounds, costs)`.
+
+    Raises:
+        ValueError: they are too few, and samples would be lost.
     """
     if not bounds.spread:
         found = _fewest(items, bounds, costs)
@@ -184,6 +187,8 @@ def cut(items: Sequence[Item], count: int, bounds: Bounds, costs: CostModel) -> 
         found = _spread(items, count, bounds, costs) or _fewest(items, bounds, costs)
     else:
         found = _neighbours(items, count, bounds, costs)
+    if len(found) > count:
+        raise ValueError(f"{len(items)} samples need {len(found)} micro-batches; {count} were given")
     while len(found) < count and any(len(batch.items) > 1 for batch in found):
         parted = max((batch for batch in found if len(batch.items) > 1), key=lambda batch: batch.cost)
         found.remove(parted)
@@ -250,7 +255,8 @@ def _neighbours(items: Sequence[Item], count: int, bounds: Bounds, costs: CostMo
     """Samples by length, cut into `count` runs of neighbours at most whose dearest is as cheap as can be."""
     ordered = _longest_first(items)
     low, high = 0.0, _filled(ordered, bounds, costs).cost
-    best = _runs(ordered, high, bounds, costs)
+    # Without a limit: a cost summed in another order may lie above `high` by the last bit.
+    best = _runs(ordered, math.inf, bounds, costs)
     while high - low > max(1.0, _EXACT * high):
         middle = (low + high) / 2
         found = _runs(ordered, middle, bounds, costs)

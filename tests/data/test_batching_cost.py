@@ -101,6 +101,18 @@ def test_micro_batches_stay_within_the_budget_and_hold_every_sample_once(lengths
                 assert len(batch) == 1 or min(batch) >= 0
 
 
+def test_no_sample_is_lost_to_the_last_bit_of_a_cost():
+    for longest in range(2, 400):
+        rows = np.array([(longest, 0, 0, 0, 0)] + [(2, 0, 0, 0, 0)] * 4, dtype=LENGTHS)
+        assert cut(items_of(rows), 1, Bounds(tokens=5 * BUDGET), CostModel()) == [[0, 1, 2, 3, 4]]
+
+
+def test_too_few_micro_batches_are_named_before_a_sample_is_lost():
+    rows = np.array([(300, 0, 0, 0, 0)] * 3, dtype=LENGTHS)
+    with pytest.raises(ValueError, match="3 samples need 3 micro-batches; 2 were given"):
+        cut(items_of(rows), 2, Bounds(tokens=BUDGET), CostModel())
+
+
 @settings(deadline=None, max_examples=40)
 @given(lengths(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.sampled_from(WORLDS), st.booleans())
 def test_without_a_budget_micro_batches_hold_as_many_samples_as_before(lengths, micro, accumulation, world, packed):
