@@ -55,7 +55,13 @@ class Compute:
     recompute: bool = True
 
 
-_IN_BACKWARD = ("lomo", "adalomo", *(name for name in map(str, OptimizerNames) if name.endswith("_layerwise")))
+_IN_BACKWARD = frozenset(
+    {
+        OptimizerNames.LOMO,
+        OptimizerNames.ADALOMO,
+        *(name for name in OptimizerNames if name.value.endswith("_layerwise")),
+    }
+)
 """Optimizers that change weights while the backward runs: half of one cannot be taken back."""
 
 
@@ -144,8 +150,8 @@ class Computing:
             return "other processes would wait for a micro-batch that runs again"
         if self.compute.compile:
             return "layers run compiled (compute.compile)"
-        if str(args.optim) in _IN_BACKWARD:
-            return f"the optimizer {args.optim} updates weights in the backward"
+        if args.optim in _IN_BACKWARD:
+            return f"the optimizer {OptimizerNames(args.optim).value} updates weights in the backward"
         if not self._known():
             return "the model is none of transformers"
         return None if RecomputedLayers(self.trainer.model).layers else "the model's layers cannot be recomputed"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from mmpeft import MultimodalCollator, MultimodalTrainer
 from mmpeft.core.errors import RecipeError
@@ -126,7 +127,8 @@ def test_figures_are_those_of_training_alone(tmp_path):
         ({}, {}, None),
         ({"recompute": False}, {}, "compute.checkpointing is false"),
         ({"compile": True}, {}, "layers run compiled"),
-        ({}, {"optim": "lomo"}, "updates weights in the backward"),
+        ({}, {"optim": OptimizerNames.LOMO}, "optimizer lomo updates weights in the backward"),
+        ({}, {"optim": OptimizerNames.GALORE_ADAMW_LAYERWISE}, "optimizer galore_adamw_layerwise updates"),
         ({}, {"activation_checkpointing": True}, "already"),
     ],
 )
