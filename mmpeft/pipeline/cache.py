@@ -1,6 +1,5 @@
 """A recipe's feature cache, filled before training: what frozen towers make of each sample's media."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from mmpeft.core.errors import OutputError, RecipeError
 from mmpeft.data.feature_store import Entry
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.models.devices import pick_device
-from mmpeft.models.linear_patches import patches_linear
 from mmpeft.models.load import load_processor
 from mmpeft.pipeline.arguments import count_steps, plan_batch
 from mmpeft.pipeline.base import resolve_base
@@ -147,7 +145,7 @@ def _fill(
     model.train()
     seen: set[str] = set()
     # Towers compute as they would in training.
-    with patches_linear(model) if trainer.computing.compute.linear_patches else contextlib.nullcontext():
+    with trainer.computing.on():
         for done, carrier in enumerate(_carriers(trainer, shares), start=1):
             if carrier is not None and carrier["key"] and carrier["key"] not in seen:
                 seen.add(carrier["key"])

@@ -132,10 +132,9 @@ def _chunked(recipe: Recipe, trainer: MultimodalTrainer, head: HeadFigures) -> S
         return Speedup(name=name, on=True, why=why, saved=saved)
     if switch is False:
         return Speedup(name=name, on=False, why="compute.chunked_loss is false")
-    spread = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     why = (
         unchunkable(trainer.model)
-        or ("the head's weights are spread over processes" if spread else None)
+        or ("the head's weights are spread over processes" if trainer.computing.spread else None)
         or f"the most logits of a forward are {head.entries:,}, and {AUTO_ENTRIES:,} fit"
     )
     return Speedup(name=name, on=False, why=why)

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from mmpeft.config.recipe import Recipe, StageConfig
@@ -20,11 +19,11 @@ from mmpeft.models.resting import RestingTowers
 from mmpeft.pipeline.cutting import without_towers
 from mmpeft.pipeline.data import TrainData, one_of_each_media
 from mmpeft.training.features import FeatureCache
+from mmpeft.training.main_process import on_main
 from mmpeft.training.trainer import MultimodalTrainer
 
 NAME = "data.cache.features"
 
-_Decided = TypeVar("_Decided")
 
 _PROBES = 3
 """Samples by which the bytes of all features are estimated."""
@@ -49,16 +48,15 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
     store = FeatureStore(recipe.data.cache.directory or default_directory(), recipe.data.cache.limit_bytes)
     cache = FeatureCache(plan, store, towers=_resting(trainer))
     dataset.keep_features(store, plan.identity(trainer.model, _autocast(trainer.args)))
-    on, why = _for_all(trainer, _pays(recipe, trainer, dataset, cache))
+    on, why = on_main(lambda: _pays(recipe, trainer, dataset, cache))
     if not on:
         dataset.keep_features(None)
         return why
     trainer.take_features(cache)
-    found = _found(trainer, dataset)
-    if found:
+    if cache.towers is not None and _found(trainer, dataset):
         # The first update is the largest: towers are out of memory before it.
         cache.expect_kept()
-    if trainer.cut is not None and _for_all(trainer, found or _comes_again(recipe, stage, dataset)):
+    if trainer.cut is not None and on_main(lambda: _towers_rest(recipe, stage, trainer, dataset)):
         trainer.cut = replace(trainer.cut, costs=without_towers(trainer.cut.costs))
     return why
 
@@ -141,22 +139,16 @@ def _found(trainer: MultimodalTrainer, dataset: Any) -> bool:
     return bool(probes) and all(carrier["tensors"] is not None for carrier in probes)
 
 
-def _comes_again(recipe: Recipe, stage: StageConfig, dataset: Any) -> bool:
-    """Whether a stage shows its media more than once, so that it finds most of their features kept."""
+def _towers_rest(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer, dataset: Any) -> bool:
+    """Whether a stage finds most features kept: because it shows its media more than once, or by runs before it."""
     media = len(one_of_each_media(dataset))
-    return 2 * media <= _passes(recipe, stage, len(dataset)) * _with_media(dataset)
+    again = 2 * media <= _passes(recipe, stage, len(dataset)) * _with_media(dataset)
+    return again or _found(trainer, dataset)
 
 
 def _with_media(dataset: Any) -> int:
     """Samples that have a picture, a film or a recording."""
     return sum(map(bool, map(dataset.media_key, range(len(dataset)))))
-
-
-def _for_all(trainer: MultimodalTrainer, decided: _Decided) -> _Decided:
-    """What the first process decided, whose directory may not be that of the others."""
-    if trainer.args.world_size > 1:
-        [decided] = broadcast_object_list([decided])
-    return decided
 
 
 def _asked(switch: bool) -> str:

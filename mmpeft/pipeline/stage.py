@@ -51,8 +51,9 @@ from mmpeft.pipeline.packing import packing_obstacle, packing_speedups, packs_ro
 from mmpeft.pipeline.tokens import KeptTokens
 from mmpeft.pipeline.workers import set_workers, worker_speedup
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
+from mmpeft.training.main_process import on_main
 from mmpeft.training.progress import ProgressDisplay
-from mmpeft.training.resume import last_checkpoint, on_main
+from mmpeft.training.resume import last_checkpoint
 from mmpeft.training.trainer import MultimodalTrainer
 
 logger = logging.getLogger(__name__)

@@ -127,6 +127,11 @@ class Computing:
             finally:
                 self._on = False
 
+    @property
+    def spread(self) -> bool:
+        """Whether weights are spread over processes."""
+        return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled)
+
     def spares_cache(self) -> bool:
         """Whether keys and values are let go."""
         return self.compute.spare_cache and self._known() and unchunkable(self.trainer.model) is None
@@ -135,7 +140,7 @@ class Computing:
         """Why LoRA is not added in place; None if it is, where a layer is plain."""
         if not self.compute.fuse_lora:
             return "compute.fuse_lora is false"
-        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+        if self.spread:
             return "weights are spread over processes"
         return "compiled layers fuse it themselves" if self.compute.compile else None
 
@@ -146,7 +151,7 @@ class Computing:
             return "all layers are recomputed already"
         if not self.compute.recompute:
             return "compute.checkpointing is false"
-        if args.world_size > 1 or self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+        if args.world_size > 1 or self.spread:
             return "other processes would wait for a micro-batch that runs again"
         if self.compute.compile:
             return "layers run compiled (compute.compile)"
@@ -189,10 +194,8 @@ class Computing:
         return isinstance(base_of(self.trainer.model), PreTrainedModel)
 
     def _chunked(self) -> bool | None:
-        trainer = self.trainer
         # Metrics read logits; weights that are spread over processes are whole inside the model's forward only.
-        whole = trainer.compute_metrics is not None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        return False if whole else self.compute.chunked_loss
+        return False if self.trainer.compute_metrics is not None or self.spread else self.compute.chunked_loss
 
 
 def _without_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -52,51 +52,52 @@ class Recompute:
     def __init__(self) -> None:
         self.count = self.total = 0
         self._layers: RecomputedLayers | None = None
+        self._gradients: _Gradients | None = None
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
         """While it lasts, micro-batches of this model may run again; then its layers are as they were."""
         self._layers = layers = RecomputedLayers(model)
+        self._gradients = _Gradients(model)
         self.count, self.total = 0, len(layers.layers)
         try:
             yield
         finally:
             layers.recompute(0)
-            self._layers = None
+            self._layers = self._gradients = None
 
-    def run(self, model: Any, micro_batch: Callable[[], _Result]) -> _Result:
+    def run(self, micro_batch: Callable[[], _Result]) -> _Result:
         """The micro-batch's result.
 
         Raises:
             RuntimeError, MemoryError: that of the device; memory does not suffice with all layers recomputed either, or
                 gradients of micro-batches before this one would be lost.
         """
-        if self._layers is None or self.count == self.total:
+        layers, gradients = self._layers, self._gradients
+        if layers is None or gradients is None or self.count == self.total or not gradients.lay_aside():
             with _advising():
                 return micro_batch()
-        earlier = _Gradients(model)
-        device = next(model.parameters()).device
+        device = gradients.device
         before = _random_states(device)
         while True:
-            last = self.count == self.total or not earlier.aside
             try:
-                with _advising() if last else contextlib.nullcontext():
+                with _advising():
                     result = micro_batch()
             except (RuntimeError, MemoryError) as error:
-                if last or not lacks_memory(error):
-                    earlier.restore()
+                if self.count == self.total or not lacks_memory(error):
+                    gradients.restore()
                     raise
             else:
-                earlier.add()
+                gradients.add()
                 return result
             # Behind the handler, whose error holds on to what the micro-batch computed.
-            earlier.clear()
+            gradients.clear()
             # The same dropout again.
             _restore(before, device)
             gc.collect()
             clear_device_cache()
             self.count = min(self.total, self.count + math.ceil(self.total / _PARTS))
-            self._layers.recompute(self.count)
+            layers.recompute(self.count)
             logger.warning(
                 "memory does not suffice; %d of %d layers are now computed again in the backward, which takes less of "
                 "it and more time (compute.checkpointing: false ends the run instead)",
@@ -109,26 +110,32 @@ class _Gradients:
     """Gradients that stood before a micro-batch, laid aside, so that what it leaves when it fails is told from them.
 
     Attributes:
-        aside: whether they are; not where they are many. Then they are not to be had back, and stay where they are.
+        device: of the model.
     """
 
     def __init__(self, model: Any) -> None:
         weights = list(model.parameters())
+        self.device: torch.device = weights[0].device
         self._trained = [weight for weight in weights if weight.requires_grad]
+        self._most = _LITTLE * sum(weight.nbytes for weight in weights)
+        self._earlier: list[tuple[Any, torch.Tensor]] = []
+
+    def lay_aside(self) -> bool:
+        """Whether they are; not where they are many: then they stay where they are, and are not to be had back."""
         earlier = [(weight, weight.grad) for weight in self._trained if weight.grad is not None]
-        size = sum(gradient.nbytes for _, gradient in earlier)
-        self.aside = size <= _LITTLE * sum(weight.nbytes for weight in weights)
-        self._earlier = earlier if self.aside else []
+        if sum(gradient.nbytes for _, gradient in earlier) > self._most:
+            return False
+        self._earlier = earlier
         self.clear()
+        return True
 
     def clear(self) -> None:
         """Drop what a micro-batch has left."""
-        if self.aside:
-            for weight in self._trained:
-                weight.grad = None
+        for weight in self._trained:
+            weight.grad = None
 
     def restore(self) -> None:
-        """As they were before the micro-batch, where they were laid aside."""
+        """As they were before the micro-batch."""
         self.clear()
         for weight, gradient in self._earlier:
             weight.grad = gradient

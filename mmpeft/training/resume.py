@@ -12,12 +12,8 @@ is newer than another with a seal was cut short, for other processes may have ha
 import json
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -28,8 +24,6 @@ from mmpeft.methods.checkpoint import remove_directory
 logger = logging.getLogger(__name__)
 
 SEAL = "seal.json"
-
-_Found = TypeVar("_Found")
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -62,12 +56,6 @@ def checkpoint_damage(folder: Path) -> str | None:
         if hash_file(path) != digest:
             return f"the content of {name} has changed"
     return None
-
-
-def on_main(find: Callable[[], _Found]) -> _Found:
-    """What the main process finds, on all of them: reading it once is enough, and a race to remove is none."""
-    [found] = broadcast_object_list([find() if PartialState().is_main_process else None])
-    return cast(_Found, found)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:

@@ -35,9 +35,10 @@ from mmpeft.training.loaders import (
     stream_loader,
     stream_sampler,
 )
+from mmpeft.training.main_process import on_main
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
-from mmpeft.training.resume import SEAL, checkpoint_damage, on_main, seal_checkpoint
+from mmpeft.training.resume import SEAL, checkpoint_damage, seal_checkpoint
 from mmpeft.training.skips import SkipWatch
 from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
@@ -61,6 +62,10 @@ class MultimodalTrainer(Trainer):
         features: what a data set with a feature cache needs.
         compute: how forwards are computed; default: as does best.
         *args, **kwargs: those of `transformers.Trainer`.
+
+    Attributes:
+        proved_whole: a checkpoint whose files were read and found whole already, so that resuming does not read them
+            again.
 
     Raises:
         RecipeError: label smoothing, with a collator that keeps the logits of supervised positions only; a budget of
@@ -90,14 +95,13 @@ class MultimodalTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if features is not None:
             self.take_features(features)
-        if self.compute_metrics is not None and getattr(self.data_collator, "supervised_only", False):
+        smoothing = self.args.label_smoothing_factor
+        reader = (
+            f"label_smoothing_factor={smoothing}" if smoothing else "compute_metrics" if self.compute_metrics else None
+        )
+        if reader and getattr(self.data_collator, "supervised_only", False):
             raise RecipeError(
-                "compute_metrics reads the logits of every position; give "
-                "data_collator=MultimodalCollator(processor, supervised_only=False)"
-            )
-        if self.args.label_smoothing_factor and getattr(self.data_collator, "supervised_only", False):
-            raise RecipeError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor} reads the logits of every position; give "
+                f"{reader} reads the logits of every position; give "
                 "data_collator=MultimodalCollator(processor, supervised_only=False)"
             )
         if not weigh_tokens(self) and cut is not None:
@@ -202,7 +206,7 @@ class MultimodalTrainer(Trainer):
         self._computed += inputs["input_ids"].numel()
         self._padded += tree.padded if tree else inputs["input_ids"].numel()
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        return self.computing.recompute.run(model, step)
+        return self.computing.recompute.run(step)
 
     def _prepare_input(self, data: Any) -> Any:
         """The Trainer's own; from pinned memory without waiting for the device."""

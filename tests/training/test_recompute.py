@@ -75,7 +75,7 @@ def test_layers_are_recomputed_a_quarter_at_a_time_until_memory_suffices(caplog)
     failing_unless_recomputed(model.model.layers[3])
     recompute = Recompute()
     with recompute.watching(model):
-        assert recompute.run(model, step_of(model)) == loss
+        assert recompute.run(step_of(model)) == loss
         assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
     assert (recompute.count, recompute.total) == (4, 8)
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
@@ -93,7 +93,7 @@ def test_a_micro_batch_that_runs_again_drops_out_the_same():
     recompute = Recompute()
     torch.manual_seed(1)
     with recompute.watching(model):
-        assert recompute.run(model, step_of(model)) == loss
+        assert recompute.run(step_of(model)) == loss
 
 
 def test_what_a_failed_backward_left_behind_is_not_counted_twice():
@@ -111,7 +111,7 @@ def test_what_a_failed_backward_left_behind_is_not_counted_twice():
     model.model.embed_tokens.weight.register_hook(fail)
     recompute = Recompute()
     with recompute.watching(model):
-        recompute.run(model, step)
+        recompute.run(step)
     assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
 
 
@@ -129,7 +129,7 @@ def test_what_running_again_does_not_cure_is_raised(why):
         step_of(model)()
         before = gradients(model)
     with recompute.watching(model), pytest.raises(RuntimeError, match=r"shapes|allocate memory") as caught:
-        recompute.run(model, step)
+        recompute.run(step)
     assert getattr(caught.value, "__notes__", []) == ([] if why == "another error" else [ADVICE])
     assert tries == ([0, 2, 4, 6, 8] if why == "all are recomputed" else [0])
     if why == "gradients of a whole model before it":
@@ -151,9 +151,9 @@ def test_a_later_micro_batch_runs_again_and_gradients_of_earlier_ones_are_kept()
     model.zero_grad()
     recompute = Recompute()
     with recompute.watching(model):
-        recompute.run(model, step_of(model))
+        recompute.run(step_of(model))
         failing_unless_recomputed(model.model.layers[1])
-        recompute.run(model, step_of(model, 24))
+        recompute.run(step_of(model, 24))
     assert recompute.count == 2
     assert all(torch.equal(weight.grad, gradient) for weight, gradient in zip(trained, whole, strict=True))
 
@@ -170,7 +170,7 @@ def test_an_error_in_a_later_micro_batch_leaves_the_gradients_before_it():
 
     recompute = Recompute()
     with recompute.watching(model), pytest.raises(RuntimeError, match="shapes"):
-        recompute.run(model, fail)
+        recompute.run(fail)
     assert all(torch.equal(weight.grad, gradient) for weight, gradient in zip(trained, before, strict=True))
 
 
@@ -233,7 +233,7 @@ size = 1024 * int(next(line for line in open("/proc/self/status") if line.starts
 resource.setrlimit(resource.RLIMIT_AS, (size + sum(saved) * 6 // 10, resource.RLIM_INFINITY))
 recompute = Recompute()
 with recompute.watching(model):
-    again = recompute.run(model, step)
+    again = recompute.run(step)
 equal = all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
 print(sum(saved) >> 20, recompute.count, recompute.total, again == loss, equal)
 """
