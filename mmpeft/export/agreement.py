@@ -1,0 +1,84 @@
+"""Whether two models say the same: what they think of each token of held-out answers."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmpeft.core.types import IGNORE_INDEX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How near one model's next-token probabilities are to another's, over the tokens of held-out answers.
+
+    Attributes:
+        tokens: that were compared.
+        top1: share of them for which both find the same token the most likely.
+        kl: mean of KL(source || export), in nats.
+    """
+
+    tokens: int
+    top1: float
+    kl: float
+
+
+class Said:
+    """What a model thinks of the answers of batches, kept on disk, for another to be compared with.
+
+    Args:
+        folder: an existing directory, of which nothing else is expected.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+
+    def keep(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Let the first model read the batches."""
+        for batch in batches:
+            logits = answer_logits(model, batch)
+            save_file({"logits": logits.cpu()}, self.folder / f"{self.count:06d}.safetensors")
+            self.count += 1
+
+    def against(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> Agreement:
+        """Let another read the same ones."""
+        same = tokens = 0
+        divergence = 0.0
+        for number, batch in enumerate(batches):
+            theirs = load_file(self.folder / f"{number:06d}.safetensors")["logits"].float()
+            ours = answer_logits(model, batch).float().cpu()
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            tokens += len(ours)
+            expected, found = theirs.log_softmax(-1), ours.log_softmax(-1)
+            divergence += float((expected.exp() * (expected - found)).sum())
+        if not tokens:
+            return Agreement(tokens=0, top1=math.nan, kl=math.nan)
+        return Agreement(tokens=tokens, top1=same / tokens, kl=divergence / tokens)
+
+
+def answer_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of the positions that predict a token of an answer.
+
+    Args:
+        batch: of the collator, with `labels` [rows, columns] and no `logits_to_keep`.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad(), evaluating(model):
+        logits: torch.Tensor = model(**inputs).logits
+    return logits[:, :-1][batch["labels"][:, 1:].to(logits.device) != IGNORE_INDEX]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """While it lasts, a model is in evaluation mode."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)

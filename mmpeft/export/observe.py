@@ -1,0 +1,91 @@
+"""What goes through linear layers while a model reads samples: how large inputs are, and what int8 makes of outputs."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpeft.export.w8a8 import through_int8, tokens_through_int8
+
+
+@dataclass
+class Observed:
+    """Of one linear layer.
+
+    Attributes:
+        largest: float32 [in], the largest |x| of each input channel.
+        wrong: sum of squares of what quantization changed in its outputs.
+        right: sum of squares of its outputs, without bias.
+    """
+
+    largest: torch.Tensor
+    wrong: float = 0.0
+    right: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """What quantization changes in its outputs, relative to them (norms)."""
+        return (self.wrong / self.right) ** 0.5 if self.right else 0.0
+
+
+def observe(
+    model: nn.Module, linears: Iterable[str], batches: Iterable[Mapping[str, Any]], *, errors: bool = True
+) -> dict[str, Observed]:
+    """Let a model read batches, and watch linear layers.
+
+    Args:
+        model: the whole model; in evaluation mode.
+        linears: their names in it.
+        batches: what its forward takes; without padding, which would be watched as well.
+        errors: whether to measure what quantization changes.
+    """
+    with watching(model, linears, errors=errors) as found, torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return found
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, linears: Iterable[str], *, errors: bool = True) -> Iterator[dict[str, Observed]]:
+    """While it lasts, what goes through these linear layers is added up; yields it by name."""
+    found: dict[str, Observed] = {}
+    with contextlib.ExitStack() as stack:
+        for name in linears:
+            layer: Any = model.get_submodule(name)
+            found[name] = Observed(torch.zeros(layer.in_features, device=layer.weight.device))
+            stack.callback(layer.register_forward_hook(_Watch(found[name], errors=errors)).remove)
+        yield found
+
+
+class _Watch:
+    def __init__(self, found: Observed, *, errors: bool) -> None:
+        self.found, self.errors = found, errors
+
+    def __call__(self, layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        [x] = inputs
+        found = self.found
+        torch.maximum(found.largest, x.detach().float().abs().flatten(0, -2).amax(0), out=found.largest)
+        if self.errors:
+            right = output if layer.bias is None else output - layer.bias
+            ours = nn.functional.linear(tokens_through_int8(x), through_int8(layer.weight))
+            found.wrong += float((ours.float() - right.float()).square().sum())
+            found.right += float(right.float().square().sum())
+
+
+@contextlib.contextmanager
+def simulated(model: nn.Module, linears: Iterable[str]) -> Iterator[None]:
+    """While it lasts, these linear layers compute as they will when they are quantized, activations included."""
+    with contextlib.ExitStack() as stack:
+        for name in linears:
+            layer: Any = model.get_submodule(name)
+            stack.callback(setattr, layer.weight, "data", layer.weight.data)
+            layer.weight.data = through_int8(layer.weight.data)
+            stack.callback(layer.register_forward_pre_hook(_pass_tokens).remove)
+        yield
+
+
+def _pass_tokens(layer: nn.Module, inputs: Any) -> Any:
+    return (tokens_through_int8(inputs[0]), *inputs[1:])

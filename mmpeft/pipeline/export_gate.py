@@ -1,0 +1,237 @@
+"""The gate of exports: each is compared with its source on held-out data before anybody is given it.
+
+parity.json, beside the export
+  passed, why            whether `mmpeft push` takes it, and why not
+  threshold              what was asked for
+  agreement              tokens of held-out answers, share with the same most likely token, mean KL divergence
+  metrics                {"source": {...}, "export": {...}} of the answers that both give
+  seconds, bytes         to answer, and of all weights, of both
+  layers                 the layers in which int8 changes outputs most, relative to them
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from mmpeft.config.recipe import EvaluateConfig, Recipe
+from mmpeft.core.errors import DataError
+from mmpeft.core.files import write_json
+from mmpeft.data.collate import MultimodalCollator
+from mmpeft.data.dataset import MultimodalDataset, load_dataset
+from mmpeft.evaluation.decode import placed
+from mmpeft.export.agreement import Agreement, Said
+from mmpeft.export.sources import Source
+from mmpeft.models.load import load_model
+from mmpeft.pipeline.data import load_held_out
+from mmpeft.pipeline.evaluate import evaluate_with
+
+PARITY = "parity.json"
+
+
+class Written(Protocol):
+    """What an exporter says of what it wrote."""
+
+    @property
+    def output(self) -> Path:
+        """Its directory."""
+
+
+Result = TypeVar("Result", bound=Written)
+
+UNCOMPARED: Mapping[str, Any] = {"passed": False, "why": "it was not compared with its source"}
+"""Content of parity.json where nobody asked for a comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """What an export has to reach.
+
+    Attributes:
+        top1: least share of held-out tokens for which source and export find the same one the most likely.
+        kl: most KL divergence, the mean over held-out tokens.
+        drop: most that a metric of held-out answers may fall.
+    """
+
+    top1: float = 0.95
+    kl: float = 0.05
+    drop: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What source and export are asked.
+
+    Attributes:
+        dataset: held-out samples.
+        evaluate: how their questions are answered and scored.
+        samples: of how many the tokens of answers are compared, from the first.
+        origin: where the samples come from.
+    """
+
+    dataset: MultimodalDataset
+    evaluate: EvaluateConfig
+    samples: int
+    origin: str
+
+    def batches(self, processor: Any, model: Any) -> Iterator[Mapping[str, Any]]:
+        """One sample at a time, as a model's forward takes it, with labels; nothing is padded."""
+        collate = MultimodalCollator(processor, supervised_only=False)
+        for index in range(min(self.samples, len(self.dataset))):
+            yield placed(collate([self.dataset[index]]), model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Generic[Result]):
+    """An export and what the gate found.
+
+    Attributes:
+        result: what was written.
+        parity: content of parity.json.
+        left_by_itself: layers that `auto_skip` of int8 has left in their precision.
+    """
+
+    result: Result
+    parity: Mapping[str, Any]
+    left_by_itself: tuple[str, ...] = ()
+
+
+def find_held_out(
+    source: Source, processor: Any, *, data: Path | None = None, media_root: Path | None = None, samples: int = 64
+) -> HeldOut:
+    """The data that is given, else that of the run that trained the source.
+
+    Raises:
+        DataError: there is none.
+    """
+    written = source.facts.get("recipe")
+    recipe = Recipe.from_dict(written) if isinstance(written, Mapping) else None
+    evaluate = recipe.evaluate if recipe else EvaluateConfig()
+    if data is not None:
+        dataset: Any = load_dataset(data, media_root=media_root, processor=processor)
+        return HeldOut(dataset=dataset, evaluate=evaluate, samples=samples, origin=str(data))
+    dataset = load_held_out(recipe, processor) if recipe else None
+    if dataset is None:
+        why = "the run that trained it held nothing out" if recipe else "it has no mmpeft.json that names its run"
+        raise DataError(f"{source.name}: nothing to compare the export on, for {why}; give --data FILE")
+    return HeldOut(dataset=dataset, evaluate=evaluate, samples=samples, origin="data.eval of its run")
+
+
+def source_model(source: Source, *, device: str, trust_remote_code: bool) -> Any:
+    """What an export is made from, merged as it is, with its weights."""
+    model: Any = load_model(source.base, adapter=source.adapter, device=device, trust_remote_code=trust_remote_code)[0]
+    return model.merge_and_unload() if hasattr(model, "peft_config") else model
+
+
+class Gate:
+    """Source and export, asked the same things one after the other; a context, for what the source said is kept.
+
+    Args:
+        held_out: what they are asked.
+        processor: of both.
+    """
+
+    def __init__(self, held_out: HeldOut, processor: Any) -> None:
+        self.held_out, self.processor = held_out, processor
+        self._folder = tempfile.TemporaryDirectory(prefix="mmpeft-parity-")
+        self._said = Said(Path(self._folder.name))
+        self._source: dict[str, Any] = {}
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._folder.cleanup()
+
+    def batches(self, model: Any) -> Iterator[Mapping[str, Any]]:
+        """What is compared, for a model."""
+        return self.held_out.batches(self.processor, model)
+
+    def ask_source(self, model: Any) -> None:
+        """Keep what the source says."""
+        self._said.keep(model, self.batches(model))
+        self._source = self._scores(model)
+
+    def agreement(self, model: Any) -> Agreement:
+        """How near another model is to the source."""
+        return self._said.against(model, self.batches(model))
+
+    def judge(
+        self,
+        model: Any,
+        threshold: Threshold,
+        *,
+        sizes: tuple[int, int],
+        layers: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Content of parity.json.
+
+        Args:
+            model: the export.
+            sizes: bytes of the weights of source and export.
+            layers: by name how much int8 changes a layer's outputs.
+        """
+        found, scores = self.agreement(model), self._scores(model)
+        why = shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
+        worst = sorted(layers.items(), key=lambda item: -item[1])
+        if why and worst:
+            why.append("most is changed by " + ", ".join(f"{name} ({error:.1%})" for name, error in worst[:3]))
+        return {
+            "passed": not why,
+            "why": "; ".join(why),
+            "threshold": asdict(threshold),
+            "data": self.held_out.origin,
+            "agreement": asdict(found),
+            "metrics": {"source": self._source["metrics"], "export": scores["metrics"]},
+            "questions": len(scores["predictions"]),
+            "seconds": {"source": self._source["seconds"], "export": scores["seconds"]},
+            "bytes": dict(zip(("source", "export"), sizes, strict=True)),
+            "layers": [{"name": name, "error": error} for name, error in worst],
+        }
+
+    def _scores(self, model: Any) -> dict[str, Any]:
+        return evaluate_with(self.held_out.evaluate, model, self.processor, self.held_out.dataset)
+
+
+def shortfalls(
+    found: Agreement, source: Mapping[str, float], export: Mapping[str, float], threshold: Threshold
+) -> list[str]:
+    """In what an export misses its threshold; none if it reaches it."""
+    why = []
+    if not found.tokens:
+        why.append("no token of an answer was compared")
+    if found.top1 < threshold.top1:
+        why.append(f"the same token is the most likely for {found.top1:.1%}, and {threshold.top1:.1%} are asked for")
+    if found.kl > threshold.kl or not math.isfinite(found.kl):
+        why.append(f"KL divergence is {found.kl:.3g}, and at most {threshold.kl:g} is asked for")
+    why += [
+        f"{name} falls from {value:.3f} to {export[name]:.3f}"
+        for name, value in source.items()
+        if export[name] < value - threshold.drop - 1e-9
+    ]
+    return why
+
+
+def fewest_left(layers: Sequence[str], passes: Any) -> list[str]:
+    """The fewest of `layers`, from the first, that have to stay as they are; all if nothing else helps.
+
+    Args:
+        layers: by what int8 does to them, the worst first.
+        passes: whether an export that leaves these would do.
+    """
+    low, high = 0, len(layers)
+    while low < high:
+        middle = (low + high) // 2
+        if passes(layers[:middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return list(layers[:low])
+
+
+def concluded(result: Result, parity: Mapping[str, Any], *, left: tuple[str, ...] = ()) -> Outcome[Result]:
+    """The outcome of an export, beside which parity.json is put."""
+    write_json(result.output / PARITY, parity)
+    return Outcome(result=result, parity=parity, left_by_itself=left)
