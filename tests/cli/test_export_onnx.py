@@ -1,0 +1,63 @@
+"""`mmpeft export onnx`: a run's adapter becomes graphs that answer, and what was compared is on disk."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from mmpeft import OnnxModel, answer, run
+from mmpeft.cli.main import app
+from mmpeft.config.recipe import Recipe
+from mmpeft.core.errors import RecipeError
+from tests.project import write_project
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    run(Recipe.from_yaml(write_project(folder)))
+    return folder
+
+
+def test_adapter_becomes_graphs_that_answer(project):
+    out = project / "onnx"
+    done = CliRunner().invoke(app, ["export", "onnx", str(project / "run" / "adapter"), str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    parity = json.loads((out / "parity.json").read_text())
+    assert found["parity"] == parity
+    assert parity["passed"]
+    assert parity["agreement"]["top1"] >= 0.95
+    assert parity["agreement"]["tokens"] > 0
+    assert (
+        parity["bytes"]["export"] == sum(found["graphs"].values()) == sum(f.stat().st_size for f in out.glob("*.onnx"))
+    )
+    model = OnnxModel.from_pretrained(out)
+    picture = project / "data" / "images" / "eval-1.png"
+    assert answer(model, model.processor, images=[picture], prompt="bright?", max_new_tokens=3)
+
+
+def test_what_falls_below_has_status_1(project):
+    out = project / "strict"
+    command = ["export", "onnx", str(project / "run" / "adapter"), str(out), "--min-agreement", "1", "--max-drop", "0"]
+    data = project / "data" / "eval.json"
+    done = CliRunner().invoke(app, [*command, "--data", str(data), "--media-root", str(data.parent / "images")])
+    parity = json.loads((out / "parity.json").read_text())
+    assert done.exit_code == (0 if parity["passed"] else 1)
+    assert ("parity passed" if parity["passed"] else "not passed") in done.output
+
+
+def test_without_comparison_it_does_not_pass(project):
+    out = project / "alone"
+    command = ["export", "onnx", str(project / "base"), str(out), "--precision", "fp32", "--no-parity"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads((out / "parity.json").read_text())["passed"] is False
+
+
+def test_a_part_that_is_none(project):
+    command = ["export", "onnx", str(project / "base"), str(project / "x"), "--include", "audio", "--no-parity"]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, RecipeError)
+    assert not (project / "x").exists()
