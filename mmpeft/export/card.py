@@ -1,8 +1,8 @@
-"""The card of an adapter: README.md with the Hub's metadata, every figure from the run's own record."""
+"""The card of an adapter, model or export: README.md, every figure from a file that the run or the export wrote."""
 
 import re
-from collections.abc import Mapping
-from pathlib import Path, PurePath
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import jinja2
@@ -10,14 +10,14 @@ import yaml
 
 from mmpeft.core import units
 from mmpeft.core.assets import asset_directory
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_METRIC_TYPES = {"token_f1": "f1"}
-"""Names of metrics on the Hub, where they are other than ours."""
+from mmpeft.export.card_metadata import Published, base_of, hub_bases, is_hub_id, metadata, source_base
 
 
-def render_card(facts: Mapping[str, Any]) -> str:
+def render_card(facts: Mapping[str, Any], card: Published | None = None) -> str:
     """The text of README.md, from the content of mmpeft.json; what is absent there is `not recorded` here.
+
+    Args:
+        card: what it lies in; default: an adapter that is not published yet.
 
     Raises:
         jinja2.TemplateError: the template itself is broken.
@@ -38,11 +38,12 @@ def render_card(facts: Mapping[str, Any]) -> str:
         "name": _file_name,
         "percent": units.percent,
     }
-    text = environment.get_template("adapter.md.j2").render(_content(facts))
+    card = card or Published()
+    text = environment.get_template(f"{card.kind}.md.j2").render(_content(facts, card))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _content(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _content(facts: Mapping[str, Any], card: Published) -> dict[str, Any]:
     recipe = facts.get("recipe") or {}
     before, after = _evaluation(facts, "before"), _evaluation(facts, "after")
     recipe_text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
@@ -52,15 +53,28 @@ def _content(facts: Mapping[str, Any]) -> dict[str, Any]:
         return (after["by_kind"].get(kind) or before["by_kind"].get(kind) or {}).get("count")
 
     counts = [count_of(kind) for kind in kinds]
+    title = _title(facts, card)
+    place = card.repo or f"path/to/this/{'adapter' if card.kind == 'adapter' else 'model'}"
+    hub = hub_bases(facts, card)
     return {
         "facts": facts,
-        "front_matter": yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=True),
-        "title": _title(recipe),
+        "card": card,
+        "front_matter": metadata(facts, card, title=title),
+        "title": title,
+        # Of a model that no run wrote there is nothing to say but what it is.
+        "recorded": card.kind == "adapter" or bool(recipe),
+        "place": place,
+        "hub_base": hub[0] if len(hub) == 1 else None,
+        "export_base": source_base(card.export),
+        "figures": list(_figures({name: (card.parity or {}).get(name) or {} for name in _COMPARED})),
+        "limits": list(_figures((card.parity or {}).get("threshold") or {})),
         "stages": facts.get("stages") or [],
-        "base": _base(facts),
-        "local_base": bool(_model(facts)) and not _is_hub_id(str(_model(facts))),
+        "base": _base(facts, card),
+        "local_base": bool(base_of(facts)) and not is_hub_id(str(base_of(facts))),
         "parts": facts.get("parts") or {},
-        "loading": _loading(facts),
+        "loading": _loading(facts, place),
+        "gguf_files": _gguf_files(card),
+        "own_class": facts.get("family") == "composed",
         "before": before,
         "after": after,
         "metrics": list(after["metrics"]),
@@ -73,9 +87,13 @@ def _content(facts: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": recipe,
         "recipe_text": recipe_text,
         "fence": _fence(recipe_text),
-        "versions": facts.get("versions") or {},
+        "versions": facts.get("versions") or card.export.get("versions") or {},
         "not_recorded": units.NOT_RECORDED,
     }
+
+
+_COMPARED = ("agreement", "metrics", "bytes", "seconds")
+"""What parity.json says of an export and its source."""
 
 
 def _uses(data: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -89,69 +107,13 @@ def _evaluation(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: (facts.get(key) or {}).get(name) or {} for key in ("metrics", "by_kind")}
 
 
-def _title(recipe: Mapping[str, Any]) -> str:
-    return PurePath(str(recipe.get("output") or "")).name or "adapter"
+def _title(facts: Mapping[str, Any], card: Published) -> str:
+    output = str((facts.get("recipe") or {}).get("output") or "")
+    return card.repo.split("/")[-1] if card.repo else PurePath(output).name or card.kind
 
 
-def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The Hub's metadata (huggingface.co/docs/hub/model-cards); a key whose value is not known is left out."""
-    hub = _hub_bases(facts)
-    states = {row.get("state") for row in (facts.get("parts") or {}).values()}
-    tags = ["mmpeft", "peft", "multimodal", "vision-language", *(["lora"] if "lora" in states else [])]
-    metadata: dict[str, Any] = {}
-    if hub:
-        metadata |= {"base_model": hub if len(hub) > 1 else hub[0], "base_model_relation": "adapter"}
-    metadata |= {"library_name": "peft", "pipeline_tag": "image-text-to-text"}
-    if language := facts.get("language"):
-        metadata["language"] = language
-    metadata["tags"] = [*tags, *([facts["family"]] if facts.get("family") else [])]
-    return metadata | _results(facts)
-
-
-def _results(facts: Mapping[str, Any]) -> dict[str, Any]:
-    scores = _evaluation(facts, "after")["metrics"]
-    if not scores:
-        return {}
-    held_out = (facts.get("data") or {}).get("eval") or {}
-    rows = [
-        {"type": _METRIC_TYPES.get(name, name), "name": units.metric_title(name), "value": round(value, 4)}
-        for name, value in scores.items()
-    ]
-    result = {
-        "task": {"type": "visual-question-answering", "name": "Visual Question Answering"},
-        "dataset": {"type": "custom", "name": _file_name(held_out.get("file"))},
-        "metrics": rows,
-    }
-    return {
-        "metrics": [row["type"] for row in rows],
-        "model-index": [{"name": _title(facts.get("recipe") or {}), "results": [result]}],
-    }
-
-
-def _model(facts: Mapping[str, Any]) -> Any:
-    """The recipe's description of a composed model; else the name or directory that the run started from."""
-    composed = (facts.get("recipe") or {}).get("model")
-    return composed if isinstance(composed, Mapping) else facts.get("base_model") or composed
-
-
-def _hub_bases(facts: Mapping[str, Any]) -> list[str]:
-    """The Hub ids that the adapter stands on; a composed model's encoders and language model."""
-    model = _model(facts)
-    if isinstance(model, Mapping):
-        vision = model.get("vision") or []
-        names = [model.get("language"), *([vision] if isinstance(vision, str) else vision)]
-    else:
-        names = [model]
-    return [str(name) for name in names if name and _is_hub_id(str(name))]
-
-
-def _is_hub_id(name: str) -> bool:
-    """Whether a name can be a Hub id: two parts, and no file or folder of this machine."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()
-
-
-def _base(facts: Mapping[str, Any]) -> str:
-    model = _model(facts)
+def _base(facts: Mapping[str, Any], card: Published) -> str:
+    model = base_of(facts) or source_base(card.export)
     if not model:
         return units.NOT_RECORDED
     if not isinstance(model, Mapping):
@@ -166,13 +128,34 @@ def _base(facts: Mapping[str, Any]) -> str:
 
 def _linked(name: str) -> str:
     """A Hub id as a link; of a local path only the last part, for it means nothing on another machine."""
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
     return f"{_code(PurePath(name).name)} (local)"
 
 
-def _loading(facts: Mapping[str, Any]) -> str:
-    path = '"path/to/this/adapter"'
+def _gguf_files(card: Published) -> tuple[str, str]:
+    """Names of the language model and of the vision part; what stands for them where there is none."""
+    names = [name for name in card.files if name.endswith(".gguf")]
+    seen = next((name for name in names if "mmproj" in name), "MMPROJ.gguf")
+    return next((name for name in names if "mmproj" not in name), "LANGUAGE.gguf"), seen
+
+
+def _figures(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Numbers and words of a JSON object by their keys, those of inner objects behind the outer's; no lists."""
+    for key, value in values.items():
+        name = f"{before}{units.metric_title(str(key))}"
+        if isinstance(value, Mapping):
+            yield from _figures(value, f"{name}: ")
+        elif isinstance(value, bool | str):
+            yield name, str(value)
+        elif isinstance(value, int):
+            yield name, f"{value:,}"
+        elif isinstance(value, float):
+            yield name, f"{value:.4g}"
+
+
+def _loading(facts: Mapping[str, Any], place: str) -> str:
+    path = f'"{place}"'
     trust = ", trust_remote_code=True" if facts.get("family") == "composed" else ""
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"

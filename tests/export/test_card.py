@@ -156,6 +156,16 @@ def test_a_directory_is_no_model_of_the_hub(facts, tmp_path, monkeypatch):
         assert str(tmp_path) not in card.text.split("## Recipe")[0]
 
 
+def test_data_sets_of_the_hub_are_named(facts):
+    assert ModelCard(render_card(facts)).data.datasets is None
+    facts["data"]["train"]["sources"] = [
+        {"file": "hf:/org/receipts", "weight": 1.0},
+        {"file": "hf:/org/charts/train.parquet", "weight": 2.0},
+        {"file": "data/own.json", "weight": 1.0},
+    ]
+    assert ModelCard(render_card(facts)).data.datasets == ["org/receipts", "org/charts"]
+
+
 def test_two_encoders_are_both_named(facts):
     facts["recipe"]["model"] = {
         "vision": ["org/siglip", "org/dinov2"],
