@@ -20,11 +20,12 @@ class ComputeConfig(Block):
     """Compute these chunks by Liger's kernels: on CUDA, where liger-kernel is installed (not run there yet)."""
     compile: Switch = "auto"
     """Run the language model's layers through torch.compile; the first step takes tens of seconds more. `auto`: in
-    bfloat16, on one process, for language models tested with it, where training would take about twenty minutes."""
+    bfloat16, on one process, for language models tested with it, where training would take about five minutes
+    (twenty on CUDA)."""
     checkpointing: Switch = "auto"
-    """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work. `auto`: for as
-    many layers as memory asks for, found on one process, where layers are not compiled, by running a micro-batch
-    again; for all of them where the stage's `trainer` block has `activation_checkpointing`."""
+    """Keep a layer's input alone and compute the rest again in backward: less memory, a third more work. `auto`: as
+    memory asks for it: a micro-batch that lacks memory runs again cut in two, then for as many layers as it takes, then
+    with activations on the host; for all layers where the stage's `trainer` block has `activation_checkpointing`."""
     spare_casts: bool = True
     """In half precision, give LoRA its inputs as they are, not by way of float32; the same numbers."""
     fuse_lora: bool = True
@@ -39,3 +40,8 @@ class ComputeConfig(Block):
     """Project the patches of a picture by one matrix product, where a tower has a convolution over each for it."""
     spare_mask: bool = True
     """Run batches that are padded on the right as plainly causal, without an attention mask."""
+    npu_kernels: bool = True
+    """Compute norms, gated activations and rotary positions by Ascend's fused operators on an NPU, where layers run
+    uncompiled (not run on hardware yet)."""
+    copy_ahead: bool = True
+    """Copy the next micro-batch to an accelerator while it computes this one; it takes a micro-batch's memory more."""

@@ -19,8 +19,9 @@ from pydantic_core import PydanticCustomError
 from transformers import TrainingArguments
 
 from mmpeft.config.block import Block, no_bool, raise_all
-from mmpeft.config.compute import ComputeConfig
+from mmpeft.config.compute import ComputeConfig, Switch
 from mmpeft.config.data import DataConfig
+from mmpeft.config.distributed import Distributed, DistributedConfig
 from mmpeft.config.load import Document, describe, load_yaml
 from mmpeft.config.names import did_you_mean
 from mmpeft.config.train import PartTraining, train_problems
@@ -43,7 +44,13 @@ _OWNED_BY_RECIPE = {
     "dataloader_num_workers": "data.workers",
     "dataloader_drop_last": "nothing: the last update of an epoch has the samples that are left",
     "remove_unused_columns": "nothing: the data set returns only what the model takes",
-    "push_to_hub": "nothing yet: push the adapter directory when the run is done",
+    "deepspeed": "stages[].distributed: zero1, zero2 or zero3",
+    "fsdp": "stages[].distributed: fsdp2",
+    "fsdp_config": "stages[].distributed: fsdp2",
+    "push_to_hub": "hub",
+    "hub_model_id": "hub.repo",
+    "hub_private_repo": "hub.private",
+    "hub_token": "nothing: log in with `hf auth login`, or set HF_TOKEN",
 }
 
 
@@ -64,9 +71,10 @@ class BatchConfig(Block):
     size: int = Field(default=16, ge=1)
     micro: int | None = Field(default=None, ge=1)
     """Samples of one process that go through the model at once; default: as many as `size` allows, up to 16."""
-    tokens: int | None = Field(default=None, ge=8)
+    tokens: Annotated[int, BeforeValidator(no_bool), Field(ge=8)] | Literal["auto"] | None = None
     """Instead of `micro`: most tokens of what goes through the model at once on one process (of a row its tokens, of
-    a padded batch rows x longest); a step's samples stay the same, they are only cut otherwise."""
+    a padded batch rows x longest); a step's samples stay the same, they are only cut otherwise. `auto`: as
+    many as fit the device's memory by the plan of the stage."""
     balance: bool = True
     """Spread the samples of a step over processes and micro-batches by their cost, and take the longest first."""
     packing: bool | None = None
@@ -91,6 +99,22 @@ class EvaluateConfig(Block):
     """Answer only this many questions, the first of the file."""
     share_media: bool = True
     """Run what questions on the same picture begin with once, where the answers are the same."""
+    share_weights: Switch = "auto"
+    """Share the model's layers out over processes, which then answer every question together; `auto`: where a stage
+    shares them out and the whole model would not fit the device."""
+
+
+class HubConfig(Block):
+    """Where the result is pushed when the run is done."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    private: bool = True
+    """Of a repository that is new."""
+    base_model: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """The base's name on the Hub, where the recipe composes it or names a directory; pushed first where nothing is
+    there yet."""
+    license: str | None = None
+    """As the Hub calls it; default: that of the base's card."""
 
 
 def _per_part(value: Any) -> str:
@@ -113,6 +137,8 @@ class StageConfig(Block):
     epochs: Annotated[float, BeforeValidator(no_bool)] = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; when given, it takes the place of `epochs`."""
+    distributed: Distributed = DistributedConfig()
+    """What several processes share of the model: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp2`, or `auto`."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Anything else that `transformers.TrainingArguments` takes."""
 
@@ -206,12 +232,19 @@ class Recipe(Block):
     compute: ComputeConfig = ComputeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = Field(default=0, ge=0)
+    deterministic: bool = False
+    """Compute the same bits in each run on the same machine; slower. An operation that cannot is an error."""
     output: Path = Path("runs/mmpeft")
+    processes: Annotated[int, BeforeValidator(no_bool), Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that `mmpeft run` starts on this machine; `auto`: one for each accelerator where a stage has
+    `distributed`, else one. A launcher's own number goes before it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `npu`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base model's weights; `auto` is the checkpoint's own on accelerators and float32 on CPU."""
     trust_remote_code: bool = False
+    hub: HubConfig | None = None
+    """Where the result is pushed when the run is done; default: nowhere."""
 
     @model_validator(mode="after")
     def _stage_names_differ(self) -> "Recipe":
@@ -259,16 +292,19 @@ class Recipe(Block):
             raise RecipeError(describe(error, cls, document)) from None
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "Recipe":
-        """A recipe from plain values, checked as a file is.
+    def from_dict(cls, value: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> "Recipe":
+        """A recipe from plain values, checked as a file is; `overrides` as of `from_yaml`.
 
         Raises:
             RecipeError: every problem at once, each with its key, what was found and the nearest valid name.
         """
+        document = Document(value=copy.deepcopy(dict(value)), source="recipe")
+        for override in overrides:
+            document.override(override)
         try:
-            return cls.model_validate(value)
+            return cls.model_validate(document.value)
         except ValidationError as error:
-            raise RecipeError(describe(error, cls, Document(value=value, source="recipe"))) from None
+            raise RecipeError(describe(error, cls, document)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (paths as text), complete with defaults: what `recipe.yaml` of a run holds."""

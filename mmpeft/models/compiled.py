@@ -56,6 +56,11 @@ def layer_parameters(model: Any) -> int:
     return sum(weight.numel() for layer in _layers(model) or () for weight in layer.parameters())
 
 
+def layer_count(model: Any) -> int:
+    """Layers of the language model; 0 where no list of them was found."""
+    return len(_layers(model) or ())
+
+
 def _layers(model: Any) -> Any:
     decoder = base_of(model).get_decoder()
     return getattr(decoder, "layers", None)

@@ -1,5 +1,8 @@
 """Where a model is put, and in which precision."""
 
+import importlib
+import time
+
 import torch
 
 from mmpeft.config.names import did_you_mean
@@ -21,15 +24,23 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        # torch knows the name "npu" only once torch_npu is there.
-        if str(device).partition(":")[0] == "npu":
-            raise _absent(str(device)) from error
-        raise ModelError(
-            f"device {device!r} is not known; use auto, cpu, cuda, npu, or one of them as in cuda:1"
-        ) from error
+        if str(device).partition(":")[0] != "npu":
+            raise ModelError(
+                f"device {device!r} is not known; use auto, cpu, cuda, npu, or one of them as in cuda:1"
+            ) from error
+        chosen = _npu(str(device))
     if chosen.type not in ("cpu", "meta"):
         _check_available(chosen)
     return chosen
+
+
+def _npu(device: str) -> torch.device:
+    """The NPU, whose name torch learns from torch-npu; it imports that by itself, unless it is told not to."""
+    try:
+        importlib.import_module("torch_npu")
+        return torch.device(device)
+    except (ImportError, RuntimeError) as error:
+        raise _absent(device) from error
 
 
 def _check_available(device: torch.device) -> None:
@@ -66,3 +77,14 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")
     return DTYPES[dtype]
+
+
+def measured_speed(device: torch.device, *, seconds: float = 0.2, width: int = 768) -> float:
+    """FLOP/s of square matrix products in float32 on a device, for about so long."""
+    left, right = torch.rand(width, width, device=device), torch.rand(width, width, device=device)
+    left @ right
+    begin, done = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        (left @ right)[0, 0].item()
+        done += 1
+    return 2 * width**3 * done / (time.perf_counter() - begin)

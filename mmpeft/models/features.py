@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from mmpeft.core.errors import ModelError
 from mmpeft.core.types import MODALITIES, Modality, Part
@@ -201,8 +202,11 @@ def placeholders(
 
 def _device(base: Any) -> torch.device:
     """The model's; not by its first weight, which may be one of a tower that rests on the host."""
-    device: torch.device = base.get_input_embeddings().weight.device
-    return device
+    weight: torch.Tensor = base.get_input_embeddings().weight
+    if isinstance(weight.data, DTensor):
+        # A share of it may wait on the host as well.
+        return torch.empty(0, device=weight.data.device_mesh.device_type).device
+    return weight.device
 
 
 def _sub_configs(base: Any) -> list[Any]:
@@ -223,9 +227,9 @@ class _Taken(Exception):
 
 
 def _inputs(base: Any, modality: Modality, media: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What each module of the projector takes, by its path."""
+    """What each module of the projector takes, by its path; the last of them does not run any more."""
     found: dict[str, torch.Tensor] = {}
-    has_method = hasattr(inner_of(base), f"get_{modality}_features")
+    modules = projector_modules(base, family_of(base))
 
     def keep(path: str, arguments: tuple[Any, ...]) -> None:
         if path in found or len(arguments) != 1:
@@ -234,19 +238,20 @@ def _inputs(base: Any, modality: Modality, media: Mapping[str, torch.Tensor]) ->
                 "call with one; set data.cache.features: false"
             )
         found[path] = arguments[0].detach()
-        if not has_method:
+        if len(found) == len(modules):
             raise _Taken
 
     with contextlib.ExitStack() as stack:
-        for path, module in projector_modules(base, family_of(base)).items():
-            handle = module.register_forward_pre_hook(lambda _, given, path=path: keep(path, given))
+        for path, module in modules.items():
+            # Before the hook by which ZeRO-3 gathers its weights.
+            handle = module.register_forward_pre_hook(lambda _, given, path=path: keep(path, given), prepend=True)
             stack.callback(handle.remove)
-        if has_method:
+        stack.enter_context(contextlib.suppress(_Taken))
+        if hasattr(inner_of(base), f"get_{modality}_features"):
             _run_tower(base, modality, media)
         else:
             # Qwen2-Audio calls its tower in the middle of its forward; two tokens are enough to get there.
             tokens = torch.zeros(1, 2, dtype=torch.long, device=_device(base))
-            stack.enter_context(contextlib.suppress(_Taken))
             inner_of(base)(input_ids=tokens, attention_mask=torch.ones_like(tokens), **media)
     return found
 

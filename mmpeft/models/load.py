@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -21,6 +22,8 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto.auto_factory import _get_model_class
 
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
@@ -29,6 +32,7 @@ from mmpeft.models.checkpoints import check_complete, check_name, load_weights, 
 from mmpeft.models.devices import pick_device, pick_dtype
 from mmpeft.models.modeling_composed import ComposedConfig
 from mmpeft.models.pixels import limit_pixels
+from mmpeft.models.sharded import SharedOut, Sharing, is_sharded, place_whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,8 @@ FACTS_NAME = "mmpeft.json"
 """File of an adapter that mmpeft wrote; its `base_model_relative` says where the base lies from there."""
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.gguf", "*.onnx", "checkpoint-*"]
+NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.gguf", "*.onnx", "checkpoint-*"]
+"""What is not fetched of a repository on the Hub: pickles, weights in other formats, checkpoints of training."""
 _SHOWN = 3
 """Names listed in a message before it says how many more there are."""
 
@@ -49,6 +54,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
+    sharing: Sharing | None = None,
 ) -> tuple[Any, Any]:
     """A model and its processor.
 
@@ -63,6 +69,7 @@ def load_model(
         dtype: "auto" (float32 on a CPU, else the checkpoint's own), or a precision.
         max_pixels: most pixels of a picture that the processor keeps, saved with it; default: its own limit.
         trust_remote_code: whether code that comes with the checkpoint may run. Composed models need none here.
+        sharing: share its layers out over processes; default: this one has the whole model.
 
     Returns:
         The model in eval mode, a `PeftModel` if there is an adapter; and the processor, the adapter's own if it
@@ -76,12 +83,12 @@ def load_model(
     precision = pick_dtype(dtype, target)
     base, folder = str(name_or_path), None
     if adapter is not None:
-        folder = _resolve_adapter(str(adapter))
-    elif _is_adapter(base):
-        folder = _resolve_adapter(base)
+        folder = resolve_adapter(str(adapter))
+    elif is_adapter(base):
+        folder = resolve_adapter(base)
         base = adapter_base(folder)
     try:
-        model = _load_base(base, dtype=precision, trust_remote_code=trust_remote_code)
+        model = _load_base(base, dtype=precision, trust_remote_code=trust_remote_code, sharing=sharing)
     except ModelError as error:
         if folder is None or adapter is not None:
             raise
@@ -89,9 +96,12 @@ def load_model(
             f"{name_or_path}: its base model cannot be read ({error}); say where the base is: "
             f"load_model(BASE, adapter={str(name_or_path)!r})"
         ) from error
-    cast(nn.Module, model).to(target)
+    if is_sharded(model):
+        place_whole(model, target)
+    elif not is_deepspeed_zero3_enabled():
+        cast(nn.Module, model).to(target)
     processor = load_processor(base, adapter=folder, max_pixels=max_pixels, trust_remote_code=trust_remote_code)
-    return (model if folder is None else _attach(model, folder)), processor
+    return (model if folder is None else attach_adapter(model, folder)), processor
 
 
 def load_processor(
@@ -150,7 +160,7 @@ def adapter_base(folder: str | Path) -> str:
     )
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
     """Whether a directory or hub repository holds an adapter and no model of its own."""
     if Path(name).is_dir():
         return (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file()
@@ -167,14 +177,14 @@ def _is_adapter(name: str) -> bool:
     return True
 
 
-def _resolve_adapter(name: str) -> Path:
+def resolve_adapter(name: str) -> Path:
     """The adapter's directory, fetched without pickles if it is on the Hub; checked to hold a whole adapter."""
     folder = Path(name)
     try:
         if not folder.is_dir():
             check_name(name)
             with reading(name, "adapter"):
-                folder = Path(snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+                folder = Path(snapshot_download(name, ignore_patterns=NOT_FETCHED))
     except ModelError as error:
         raise AdapterError(str(error)) from error
     lacking = [file for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / file).is_file()]
@@ -190,12 +200,18 @@ def _resolve_adapter(name: str) -> Path:
     return folder
 
 
-def _load_base(name: str, *, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_base(
+    name: str, *, dtype: torch.dtype | str, trust_remote_code: bool, sharing: Sharing | None
+) -> PreTrainedModel:
     check_name(name)
     with reading(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    loader = _loader(config, name)
+    if sharing is not None:
+        mapping = getattr(loader, "_model_mapping", None)
+        loader = SharedOut(loader if mapping is None else _get_model_class(config, mapping), sharing)
     model, missing = load_weights(
-        _loader(config, name),
+        loader,
         name,
         kind="vision-language model",
         dtype=dtype,
@@ -229,8 +245,13 @@ def _loader(config: Any, name: str) -> Any:
     return next(own, None) or auto_class(config, name)
 
 
-def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, folder: Path, *, weightless: bool = False) -> PeftModel:
     """The adapter on its base (of an omni model: on its thinker), every tensor of it in its place.
+
+    Args:
+        base: the model.
+        folder: a whole adapter's directory.
+        weightless: whether the base has shapes alone (`mmpeft.models.weightless`).
 
     Raises:
         AdapterError: modules, shapes or names differ from the base's; names examples.
@@ -240,9 +261,14 @@ def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
         with warnings.catch_warnings():
             # `_check_keys` says it as an error; peft 0.21 only warns.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            peft_model = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+            # Merging such an adapter is what `mmpeft.export.merge` sees to.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            peft_model = PeftModel.from_pretrained(
+                model, str(folder), torch_device=str(model.device), low_cpu_mem_usage=weightless
+            )
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            stored = set(file.keys())
+            names = list(file.keys())
+            stored = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         said = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
         raise AdapterError(
@@ -253,10 +279,14 @@ def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
     return peft_model.eval()
 
 
-def _check_keys(model: PeftModel, stored: set[str], folder: Path) -> None:
+def _check_keys(model: PeftModel, stored: dict[str, torch.Tensor], folder: Path) -> None:
     expected = {_plain(name) for name in get_peft_model_state_dict(model, save_embedding_layers=False)}
     base = {f"base_model.model.{name.replace('.base_layer.', '.')}" for name in model.get_base_model().state_dict()}
     names = {_plain(name) for name in stored}
+    if not expected <= names:
+        # PEFT has found them under other names than these, by transformers' rules for checkpoints of the base.
+        found = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config["default"], stored)
+        names = {_plain(name) for name in found}
     missing, unexpected = sorted(expected - names), sorted(names - expected - base)
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"

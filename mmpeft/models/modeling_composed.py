@@ -91,6 +91,12 @@ class ComposedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             `last_hidden_state` [images, patches, sum of widths]; `pooler_output`, a list with one tensor
             [tokens, text width] a picture.
         """
+        joined, projected = self.project_images(pixel_values)
+        pooled: Any = list(projected)
+        return BaseModelOutputWithPooling(last_hidden_state=joined, pooler_output=pooled)
+
+    def project_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`get_image_features` in two tensors: [images, patches, sum of widths] and [images, tokens, text width]."""
         layer = self.config.vision_feature_layer
         features = []
         for index, tower in enumerate(self.vision_towers):
@@ -99,8 +105,7 @@ class ComposedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden = tower(pixels, output_hidden_states=layer or True, return_dict=True).hidden_states[layer]
             features.append(hidden[:, self.config.prefix_tokens[index] :])
         joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
-        projected: Any = list(self.multi_modal_projector(joined))
-        return BaseModelOutputWithPooling(last_hidden_state=joined, pooler_output=projected)
+        return joined, self.multi_modal_projector(joined)
 
     def _normalised_for(self, index: int, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels as encoder `index` expects them: exact, since both normalisations are affine."""

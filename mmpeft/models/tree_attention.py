@@ -27,6 +27,7 @@ from mmpeft.core.tree import Segment, Tree
 from mmpeft.families.registry import family_of
 from mmpeft.models.base import base_of
 from mmpeft.models.block_attention import block_attention, blocks_pay
+from mmpeft.models.dimensions import head_channels
 from mmpeft.models.slots import Seen
 from mmpeft.models.varlen_attention import kernel_for, varlen_attention
 
@@ -258,8 +259,7 @@ def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
 def at_once(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether rows of `model` are computed in one call or in large products, not by SDPA a sample at a time."""
     text: Any = base_of(model).config.get_text_config()
-    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    query = torch.empty(1, 1, 1, channels, dtype=dtype, device=device)
+    query = torch.empty(1, 1, 1, head_channels(text), dtype=dtype, device=device)
     row = Tree(segments=(Segment(start=0, end=1),), samples=1, tokens=1, padded=1)
     return blocks_pay(query) or kernel_for(query, row, 0.0) is not None
 

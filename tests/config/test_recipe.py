@@ -63,6 +63,8 @@ stages:
         ({"model": 3}, "model: found 3; input should be a valid string"),
         ({"stages": []}, "stages: "),
         ({"dtype": "float23"}, "did you mean 'float32'?"),
+        ({"hub": {"repo": "receipts"}}, "hub.repo: found 'receipts'; string should match pattern"),
+        ({"hub": {"repo": "me/x", "public": True}}, "hub.public: unknown key"),
     ],
 )
 def test_a_wrong_value_is_named(change, said):
@@ -90,6 +92,10 @@ def test_a_wrong_value_is_named(change, said):
         (
             {"train": {"language": {"r": 4}}, "trainer": {"seed": 1}},
             "trainer.seed: is set elsewhere in the recipe: seed",
+        ),
+        (
+            {"train": {"language": {"r": 4}}, "trainer": {"push_to_hub": True}},
+            "trainer.push_to_hub: is set elsewhere in the recipe: hub",
         ),
         (
             {"train": {"language": {"r": 4}}, "trainer": {"warmup_ratio": 1}},
@@ -153,6 +159,14 @@ def test_floats_are_read_as_yaml_1_2_does(tmp_path):
         "  - {name: a, train: {projector: full}, learning_rate: 1e-3, trainer: {adam_epsilon: 1e-6}}\n",
     )
     assert Recipe.from_yaml(path).stages[0].trainer["adam_epsilon"] == 1e-6
+
+
+def test_plain_values_take_overrides_too():
+    recipe = Recipe.from_dict(MINIMAL, ("seed=7", "hub={repo: me/receipts}"))
+    assert (recipe.seed, recipe.hub.repo, recipe.hub.private) == (7, "me/receipts", True)
+    assert "seed" not in MINIMAL
+    with pytest.raises(RecipeError, match="sed: unknown key; did you mean 'seed'"):
+        Recipe.from_dict(MINIMAL, ("sed=7",))
 
 
 def test_a_recipe_cannot_be_changed():
