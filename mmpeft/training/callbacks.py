@@ -1,4 +1,4 @@
-"""What listens to training: the metrics file, and Ctrl-C."""
+"""What listens to training: the metrics file, Ctrl-C, and what has to know where an epoch begins and ends."""
 
 import json
 import os
@@ -141,3 +141,29 @@ class StopOnInterrupt(TrainerCallback):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
+
+
+class EndOfReading(TrainerCallback):
+    """Ends reading ahead before the next epoch asks the same workers."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let go of what was read ahead."""
+        self.trainer.end_reading()
+
+
+class EpochOfData(TrainerCallback):
+    """Tells a data set that changes with the epoch which one begins.
+
+    Loaders do it only on some ways: accelerate 1.15 leaves it out where a run goes on in the middle of an epoch.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Hand the epoch on."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))

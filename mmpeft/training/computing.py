@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from mmpeft.data.collate import MultimodalCollator
@@ -18,9 +18,12 @@ from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last_layer_spared
 from mmpeft.models.linear_patches import patches_linear
 from mmpeft.models.mask_free import needs_mask, without_mask
+from mmpeft.models.npu_kernels import FusedModules, npu_kernels_on
 from mmpeft.models.recomputed import RecomputedLayers
+from mmpeft.models.sharded import is_sharded
 from mmpeft.models.spared_casts import casts_spared
 from mmpeft.models.tree_attention import at_once, tree_attention_on
+from mmpeft.training.copies import KINDS
 from mmpeft.training.recompute import Recompute
 
 
@@ -38,9 +41,11 @@ class Compute:
             where the device has it.
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
         linear_patches: project the patches of a picture by a matrix product where the tower has a convolution for it.
-        recompute: where memory does not suffice for a micro-batch, keep less of some layers for the backward, on one
-            process whose layers are not compiled.
+        recompute: where memory does not suffice for a micro-batch, cut it, or keep less of some layers for the
+            backward, where layers are not compiled and no other process waits within a micro-batch.
         spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
+        npu_kernels: compute norms, gated activations and rotary positions by fused operators on an NPU.
+        copy_ahead: copy the next micro-batch to an accelerator while it computes this one.
     """
 
     chunked_loss: bool | None = None
@@ -52,6 +57,8 @@ class Compute:
     spare_cache: bool = True
     spare_mask: bool = True
     linear_patches: bool = True
+    npu_kernels: bool = True
+    copy_ahead: bool = True
     recompute: bool = True
 
 
@@ -65,6 +72,12 @@ _IN_BACKWARD = frozenset(
 """Optimizers that change weights while the backward runs: half of one cannot be taken back."""
 
 
+def weights_spread(model: Any, args: TrainingArguments) -> bool:
+    """Whether no process has a model's weights whole outside a forward: ZeRO-3 and FSDP, not ZeRO-1 and ZeRO-2."""
+    plugin = args.deepspeed_plugin
+    return bool(args.fsdp or is_sharded(model) or (plugin is not None and plugin.zero_stage == 3))
+
+
 class Computing:
     """Puts it on the model of a Trainer, once however deep evaluation lies in training.
 
@@ -74,14 +87,21 @@ class Computing:
         uncast: layers whose inputs were not cast to and fro.
         fused: layers whose LoRA was added in place.
         patches: convolutions that ran as matrix products.
+        npu: modules that computed by an NPU's fused operators.
         recompute: what micro-batches run by.
+        compiled: layers that ran compiled.
+        segments: pieces of packed rows whose attention was computed with the row's.
+        most_tokens: of a forward that kept no keys and values.
+        mask_entries: those of masks that batches went without, one head's.
     """
 
     def __init__(self, trainer: Any, compute: Compute) -> None:
         self.trainer, self.compute = trainer, compute
         self.head: HeadFigures | None = None
         self.last: LastLayerFigures | None = None
-        self.uncast = self.fused = self.patches = 0
+        self.uncast = self.fused = self.patches = self.compiled = 0
+        self.segments = self.most_tokens = self.mask_entries = 0
+        self.npu = FusedModules()
         self.recompute = Recompute()
         self._on = False
 
@@ -99,9 +119,9 @@ class Computing:
             model = self.trainer.model
             if self.spares_cache():
                 # Before the hook that takes the labels, by which it tells training from generation.
-                stack.callback(model.register_forward_pre_hook(_without_cache, with_kwargs=True).remove)
+                stack.callback(model.register_forward_pre_hook(self._without_cache, with_kwargs=True).remove)
             if self.why_masked() is None:
-                stack.callback(model.register_forward_pre_hook(without_mask, with_kwargs=True).remove)
+                stack.callback(model.register_forward_pre_hook(self._without_mask, with_kwargs=True).remove)
             if isinstance(self.trainer.data_collator, PackedCollator):
                 stack.enter_context(tree_attention_on(model, blocks=self.compute.block_attention))
             if self.why_last_whole() is None:
@@ -111,14 +131,7 @@ class Computing:
             if self._known():
                 head = stack.enter_context(head_loss_on(model, chunked=self._chunked(), liger=self.compute.liger))
                 self.head = head if training or self.head is None else self.head
-            if self.compute.compile:
-                stack.enter_context(layers_compiled(model))
-            if self.compute.spare_casts and self.trainer.accelerator.native_amp:
-                self.uncast = stack.enter_context(casts_spared(model))
-            if self.why_unfused() is None:
-                self.fused = stack.enter_context(lora_fused(model))
-            if self.compute.linear_patches:
-                self.patches = stack.enter_context(patches_linear(model))
+            self._put_on_layers(stack)
             if training and self.why_not_recomputed() is None:
                 stack.enter_context(self.recompute.watching(model))
             self._on = True
@@ -127,10 +140,31 @@ class Computing:
             finally:
                 self._on = False
 
+    def _put_on_layers(self, stack: contextlib.ExitStack) -> None:
+        """What changes how single layers and modules compute."""
+        model = self.trainer.model
+        if self.compute.compile:
+            self.compiled = stack.enter_context(layers_compiled(model))
+        if self.compute.spare_casts and self.trainer.autocast_precision is not None:
+            self.uncast = stack.enter_context(casts_spared(model))
+        if self.why_unfused() is None:
+            self.fused = stack.enter_context(lora_fused(model))
+        if self.compute.linear_patches:
+            self.patches = stack.enter_context(patches_linear(model))
+        if self.why_no_npu_kernels() is None:
+            self.npu = stack.enter_context(npu_kernels_on(model))
+
     @property
     def spread(self) -> bool:
         """Whether weights are spread over processes."""
-        return bool(self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled)
+        return weights_spread(self.trainer.model, self.trainer.args)
+
+    @property
+    def in_one_go(self) -> bool:
+        """Whether a micro-batch cannot run again: others wait for it, or DeepSpeed has gradients of it already."""
+        trainer = self.trainer
+        alone = trainer.args.world_size == 1 or (trainer.averages and trainer.together == 1)
+        return bool(self.spread or trainer.is_deepspeed_enabled or not alone)
 
     def spares_cache(self) -> bool:
         """Whether keys and values are let go."""
@@ -144,6 +178,22 @@ class Computing:
             return "weights are spread over processes"
         return "compiled layers fuse it themselves" if self.compute.compile else None
 
+    def why_no_npu_kernels(self) -> str | None:
+        """Why no module computes by an NPU's fused operators; None if those do that can."""
+        if not self.compute.npu_kernels:
+            return "compute.npu_kernels is false"
+        if self.trainer.args.device.type != "npu":
+            return "the device is no NPU"
+        return "layers run compiled" if self.compute.compile else None
+
+    def why_not_copied_ahead(self) -> str | None:
+        """Why micro-batches go to the device on the stream that computes; None if they go ahead of it."""
+        if not self.compute.copy_ahead:
+            return "compute.copy_ahead is false"
+        if self.trainer.args.device.type not in KINDS:
+            return "the device has no streams"
+        return None if self.trainer.args.dataloader_pin_memory else "batches are not in pinned memory"
+
     def why_not_recomputed(self) -> str | None:
         """Why a micro-batch that lacks memory does not run again; None if it does."""
         args = self.trainer.args
@@ -151,8 +201,8 @@ class Computing:
             return "all layers are recomputed already"
         if not self.compute.recompute:
             return "compute.checkpointing is false"
-        if args.world_size > 1 or self.spread:
-            return "other processes would wait for a micro-batch that runs again"
+        if self.in_one_go:
+            return "DeepSpeed, or other processes, would not know of a micro-batch that runs again"
         if self.compute.compile:
             return "layers run compiled (compute.compile)"
         if args.optim in _IN_BACKWARD:
@@ -197,7 +247,16 @@ class Computing:
         # Metrics read logits; weights that are spread over processes are whole inside the model's forward only.
         return False if self.trainer.compute_metrics is not None or self.spread else self.compute.chunked_loss
 
+    def _without_cache(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A forward without labels may be one of generation.
+        if kwargs.get("labels") is None:
+            return None
+        self.most_tokens = max(self.most_tokens, kwargs["labels"].numel())
+        return args, {"use_cache": False, **kwargs}
 
-def _without_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # A forward without labels may be one of generation.
-    return (args, {"use_cache": False, **kwargs}) if kwargs.get("labels") is not None else None
+    def _without_mask(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = without_mask(module, args, kwargs)
+        if changed is not None:
+            rows, length = kwargs["labels"].shape
+            self.mask_entries += rows * length**2
+        return changed

@@ -7,30 +7,56 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.data.balancing import CostBatchSampler, Cut
-from mmpeft.data.batching import BlankedDataset, GlobalBatchSampler, StreamBatchSampler, StreamCollator, StreamedRows
+from mmpeft.data.batching import (
+    BlankedDataset,
+    GlobalBatchSampler,
+    MediaInEach,
+    NumberedCollator,
+    NumberedDataset,
+    StreamBatchSampler,
+    StreamCollator,
+    StreamedRows,
+)
 from mmpeft.data.stream_mixture import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which samples of each global batch a process takes: the `rank`-th of `world` parts, from 0.
+
+    Processes that share matrices out take the same.
+    """
+
+    world: int
+    rank: int
 
 
 def global_loader(
     dataset: Any,
     args: TrainingArguments,
     collator: Callable[..., Any],
+    share: Share,
     *,
     share_media: bool = False,
     cut: Cut | None = None,
+    media_in_each: bool = False,
 ) -> DataLoader:
-    """A loader over an indexed data set, for one of any number of processes.
+    """A loader over an indexed data set, for one of any number of processes; its batches hold `numbers` as well.
 
     Args:
+        share: what this process takes.
         share_media: bring samples on the same media together; the data set has `media_key(index)`.
         cut: how steps are cut by cost; default: in their order.
+        media_in_each: let no micro-batch lack a kind of media that others have; the data set has `media_kinds(index)`.
 
     Raises:
         RecipeError: a `train_sampling_strategy` that is made for one process.
@@ -40,23 +66,27 @@ def global_loader(
             f"train_sampling_strategy={args.train_sampling_strategy!r}: batches are cut so that they are the same on "
             "any number of processes; use 'random' or 'sequential'"
         )
+    sampler: Any
     if cut is not None:
-        by_cost = CostBatchSampler(cut, world=args.world_size, rank=args.process_index)
-        return _EpochLoader(BlankedDataset(dataset), batch_sampler=by_cost, collate_fn=collator, **_workers(args))
-    sampler = GlobalBatchSampler(
-        length=len(dataset),
-        micro=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        world=args.world_size,
-        rank=args.process_index,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        shuffle=args.train_sampling_strategy == "random",
-        media=dataset.media_key if share_media else None,
-    )
-    return _EpochLoader(BlankedDataset(dataset), batch_sampler=sampler, collate_fn=collator, **_workers(args))
+        sampler = CostBatchSampler(cut, world=share.world, rank=share.rank)
+    else:
+        sampler = GlobalBatchSampler(
+            length=len(dataset),
+            micro=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            world=share.world,
+            rank=share.rank,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            shuffle=args.train_sampling_strategy == "random",
+            media=dataset.media_key if share_media else None,
+        )
+    if media_in_each:
+        sampler = MediaInEach(sampler, dataset.media_kinds, len(dataset))
+    rows = NumberedDataset(BlankedDataset(dataset))
+    return _EpochLoader(rows, batch_sampler=sampler, collate_fn=NumberedCollator(collator), **_workers(args))
 
 
-def stream_sampler(dataset: Stream, args: TrainingArguments) -> StreamBatchSampler:
+def stream_sampler(dataset: Stream, args: TrainingArguments, share: Share) -> StreamBatchSampler:
     """What cuts a stream for this process; `args.max_steps` says how much of it is read.
 
     Raises:
@@ -72,8 +102,8 @@ def stream_sampler(dataset: Stream, args: TrainingArguments) -> StreamBatchSampl
         steps=args.max_steps,
         micro=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        world=args.world_size,
-        rank=args.process_index,
+        world=share.world,
+        rank=share.rank,
     )
 
 
@@ -89,7 +119,17 @@ def _workers(args: TrainingArguments) -> dict[str, Any]:
         "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
+        "generator": seeds_of_workers(args),
     }
+
+
+def seeds_of_workers(args: TrainingArguments) -> torch.Generator:
+    """What a loader draws its workers' seeds from; without it, it draws from what dropout draws from.
+
+    Workers that outlive an epoch are given a seed once. A run that goes on starts them in the midst of training, and
+    dropout would have other numbers from there on than in a run that never stopped.
+    """
+    return torch.Generator().manual_seed(args.data_seed if args.data_seed is not None else args.seed)
 
 
 class _EpochLoader(DataLoader):

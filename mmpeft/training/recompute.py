@@ -1,14 +1,17 @@
-"""Micro-batches that run again with more layers recomputed where memory did not suffice for them."""
+"""Micro-batches that run again, smaller or with more layers recomputed, where memory did not suffice for them."""
 
 import contextlib
 import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import distributed
+from torch.autograd.graph import save_on_cpu
 
 from mmpeft.models.recomputed import RecomputedLayers
 
@@ -37,20 +40,42 @@ ADVICE = (
 _Result = TypeVar("_Result")
 
 
-class Recompute:
-    """Lets memory say how many layers are recomputed.
+@dataclass(frozen=True, kw_only=True)
+class Cuttable(Generic[_Result]):
+    """A micro-batch that can be cut into smaller ones.
 
-    A step's samples come largest first (`batch.balance`), so how many is mostly settled at the first micro-batch. What
+    Attributes:
+        most: how many: its samples.
+        pieces: given a number from two to `most`, so many of them; their results and gradients add up to its own.
+    """
+
+    most: int
+    pieces: Callable[[int], list[Callable[[], _Result]]]
+
+
+class Recompute:
+    """Lets memory say how micro-batches are cut, which layers are recomputed, and where activations wait.
+
+    Each time it does not suffice, the next of these is done, and stays:
+
+        micro-batches      cut in two, again and again, down to one sample     costs that they are read anew
+        layers             a quarter of them more is recomputed                 a third more work for all of them
+        activations        wait in host memory                                  their way there and back
+
+    A step's samples come largest first (`batch.balance`), so it is mostly settled at the first micro-batch. What
     micro-batches before it gave to the gradients is laid aside while one runs, and added when it has run: where that
     would take much memory, where whole models train, a later micro-batch does not run again.
 
     Attributes:
+        parts: micro-batches in the place of one.
         count: layers that are recomputed, or were when the training ended.
         total: layers that can be; 0 before training, and for models of another kind.
+        offloads: whether activations wait on the host.
     """
 
     def __init__(self) -> None:
         self.count = self.total = 0
+        self.parts, self.offloads = 1, False
         self._layers: RecomputedLayers | None = None
         self._gradients: _Gradients | None = None
 
@@ -60,31 +85,37 @@ class Recompute:
         self._layers = layers = RecomputedLayers(model)
         self._gradients = _Gradients(model)
         self.count, self.total = 0, len(layers.layers)
+        self.parts, self.offloads = 1, False
         try:
             yield
         finally:
             layers.recompute(0)
             self._layers = self._gradients = None
 
-    def run(self, micro_batch: Callable[[], _Result]) -> _Result:
+    def run(self, micro_batch: Callable[[], _Result], cuttable: Cuttable[_Result] | None = None) -> _Result:
         """The micro-batch's result.
 
+        Args:
+            cuttable: the same, where it can be cut.
+
         Raises:
-            RuntimeError, MemoryError: that of the device; memory does not suffice with all layers recomputed either, or
-                gradients of micro-batches before this one would be lost.
+            RuntimeError, MemoryError: that of the device; memory does not suffice for one sample with all layers
+                recomputed either, or gradients of micro-batches before this one would be lost.
         """
-        layers, gradients = self._layers, self._gradients
-        if layers is None or gradients is None or self.count == self.total or not gradients.lay_aside():
-            with _advising():
-                return micro_batch()
+        gradients = self._gradients
+        relieved = self._relief(cuttable) is not None
+        if gradients is None or not relieved or not gradients.lay_aside():
+            with advising(ADVICE):
+                return self._attempt(micro_batch, cuttable)
         device = gradients.device
         before = _random_states(device)
         while True:
             try:
-                with _advising():
-                    result = micro_batch()
+                with advising(ADVICE):
+                    result = self._attempt(micro_batch, cuttable)
             except (RuntimeError, MemoryError) as error:
-                if self.count == self.total or not lacks_memory(error):
+                relief = self._relief(cuttable)
+                if relief is None or not lacks_memory(error):
                     gradients.restore()
                     raise
             else:
@@ -96,14 +127,68 @@ class Recompute:
             _restore(before, device)
             gc.collect()
             clear_device_cache()
-            self.count = min(self.total, self.count + math.ceil(self.total / _PARTS))
-            layers.recompute(self.count)
-            logger.warning(
-                "memory does not suffice; %d of %d layers are now computed again in the backward, which takes less of "
-                "it and more time (compute.checkpointing: false ends the run instead)",
-                self.count,
-                self.total,
-            )
+            relief()
+
+    def agree(self, device: torch.device) -> None:
+        """From the next micro-batch on, do as much as that process does which lacked most; each has to ask.
+
+        Steps wait for the slowest anyway, and the records of one process then are those of all.
+        """
+        if self._layers is None:
+            return
+        own = torch.tensor([self.parts, self.count, int(self.offloads)], device=device)
+        distributed.all_reduce(own, op=distributed.ReduceOp.MAX)
+        parts, count, offloads = own.tolist()
+        if (parts, count, bool(offloads)) != (self.parts, self.count, self.offloads):
+            logger.info("another process lacked memory; micro-batches now run as there")
+            self.parts, self.count, self.offloads = parts, count, bool(offloads)
+            self._layers.recompute(count)
+
+    def _attempt(self, micro_batch: Callable[[], _Result], cuttable: Cuttable[_Result] | None) -> _Result:
+        most = cuttable.most if cuttable is not None else 1
+        pieces = cuttable.pieces(min(self.parts, most)) if cuttable is not None and min(self.parts, most) > 1 else []
+        with save_on_cpu(pin_memory=True) if self.offloads else contextlib.nullcontext():
+            first, *rest = pieces or [micro_batch]
+            result: Any = first()
+            for piece in rest:
+                result = result + piece()
+        return cast(_Result, result)
+
+    def _relief(self, cuttable: Cuttable[Any] | None) -> Callable[[], None] | None:
+        """What is to be done next where memory does not suffice; None if nothing is left."""
+        if self._layers is None or self._gradients is None:
+            return None
+        if cuttable is not None and 2 * self.parts <= cuttable.most:
+            return self._cut
+        if self.count < self.total:
+            return self._recompute_more
+        return None if self.offloads or self._gradients.device.type == "cpu" else self._offload
+
+    def _cut(self) -> None:
+        self.parts *= 2
+        logger.warning(
+            "memory does not suffice; micro-batches are now cut into %d parts, which changes no result "
+            "(compute.checkpointing: false ends the run instead)",
+            self.parts,
+        )
+
+    def _recompute_more(self) -> None:
+        assert self._layers is not None
+        self.count = min(self.total, self.count + math.ceil(self.total / _PARTS))
+        self._layers.recompute(self.count)
+        logger.warning(
+            "memory does not suffice; %d of %d layers are now computed again in the backward, which takes less of "
+            "it and more time (compute.checkpointing: false ends the run instead)",
+            self.count,
+            self.total,
+        )
+
+    def _offload(self) -> None:
+        self.offloads = True
+        logger.warning(
+            "memory does not suffice; activations now wait in host memory for the backward, which takes time "
+            "(compute.checkpointing: false ends the run instead)"
+        )
 
 
 class _Gradients:
@@ -157,13 +242,13 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _advising() -> Iterator[None]:
-    """Let an error for want of memory say what to do."""
+def advising(advice: str) -> Iterator[None]:
+    """Let an error for want of memory say what to do, unless it does already."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if lacks_memory(error):
-            error.add_note(ADVICE)
+        if lacks_memory(error) and not getattr(error, "__notes__", None):
+            error.add_note(advice)
         raise
 
 

@@ -5,8 +5,9 @@
       trainer_state.json                              the last that transformers writes
       seal.json                                       {file: {"bytes", "sha256"}} of all, the last of all
 
-A checkpoint without a seal (the plain Trainer's) counts as whole if its `trainer_state.json` can be read; but one that
-is newer than another with a seal was cut short, for other processes may have had files to write.
+A run writes no checkpoint without a seal: one that has none was cut short, even where its `trainer_state.json` is
+there, for other processes may have had files to write. One that is named by hand (the plain Trainer's) counts as whole
+if that file can be read.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mmpeft.core.errors import OutputError
 from mmpeft.core.files import read_json, write_json
 from mmpeft.core.hashing import hash_file
 from mmpeft.methods.checkpoint import remove_directory
@@ -24,6 +26,8 @@ from mmpeft.methods.checkpoint import remove_directory
 logger = logging.getLogger(__name__)
 
 SEAL = "seal.json"
+
+_CUT_SHORT = "it was cut short while it was written"
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -40,7 +44,7 @@ def checkpoint_damage(folder: Path) -> str | None:
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return "it was cut short while it was written"
+        return _CUT_SHORT
     if not (folder / SEAL).exists():
         return None
     try:
@@ -59,18 +63,44 @@ def checkpoint_damage(folder: Path) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest whole checkpoint in `folder` and its step; newer ones that are damaged are removed, and named."""
+    """The newest sealed, whole checkpoint in `folder` and its step; newer ones are removed, and named."""
     numbered = {
         int(number.group(1)): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
     }
-    sealed = min((step for step, path in numbered.items() if (path / SEAL).exists()), default=None)
     for step, path in sorted(numbered.items(), reverse=True):
-        unsealed = sealed is not None and step > sealed and not (path / SEAL).exists()
-        damage = "it was cut short while it was written" if unsealed else checkpoint_damage(path)
+        damage = checkpoint_damage(path) if (path / SEAL).exists() else _CUT_SHORT
         if damage is None:
             return path, step
         logger.warning("%s is damaged (%s); it is removed, and the one before is looked at", path, damage)
         remove_directory(path)
     return None
+
+
+def check_writers(folder: Path | None, *, zero: int | None, processes: int) -> None:
+    """Make sure that these processes can go on from a checkpoint.
+
+    DeepSpeed's has a share of the optimizer for each process that wrote it. All others are whole, and any number of
+    processes goes on from them.
+
+    Args:
+        folder: None if they begin.
+        zero: DeepSpeed's stage, if the processes share the work so.
+
+    Raises:
+        OutputError: they cannot; says what can.
+    """
+    if folder is None:
+        return
+    shares = sorted(folder.glob("global_step*/*_optim_states.pt"))
+    writers = "DeepSpeed (zero1, zero2, zero3)" if shares else "ddp, fsdp2 or one process"
+    if bool(shares) != (zero is not None):
+        found = f"was written by {writers}"
+    elif shares and len(shares) != processes:
+        found = f"has the shares of {len(shares)} processes, and here are {processes}"
+    else:
+        return
+    raise OutputError(
+        f"cannot go on from {folder}: it {found}; go on as the run was begun, or start the stage over with --no-resume"
+    )

@@ -1,52 +1,61 @@
 """`MultimodalTrainer`: transformers' Trainer with learning rates by part and batches that no process count changes."""
 
 import functools
-import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmpeft.core.errors import DataError, OutputError, RecipeError
-from mmpeft.core.files import writing
+from mmpeft.core.errors import DataError, RecipeError
+from mmpeft.core.host import OnHost
 from mmpeft.core.memory import peak_memory_bytes
 from mmpeft.core.tree import Tree
 from mmpeft.core.types import IGNORE_INDEX, Part
 from mmpeft.data.balancing import Cut, CutFigures
+from mmpeft.data.batching import BlankedDataset
 from mmpeft.data.stream_mixture import Stream
-from mmpeft.methods.checkpoint import remove_directory, write_peft_files
+from mmpeft.families.registry import family_of
+from mmpeft.methods.plan import base_name
 from mmpeft.models.positions import with_positions
+from mmpeft.models.sharded import is_sharded
+from mmpeft.models.tensor_parallel import partial_parameters, tensor_parallel_of
 from mmpeft.models.tree_attention import check_attention
 from mmpeft.training.ahead import ReadAhead, taken_ahead
+from mmpeft.training.callbacks import EndOfReading, EpochOfData
+from mmpeft.training.checkpointing import CheckpointingTrainer
 from mmpeft.training.computing import Compute, Computing
+from mmpeft.training.copies import CopiesAhead
 from mmpeft.training.features import FeatureCache, fed
+from mmpeft.training.guards import one_device, optimizer_whole
 from mmpeft.training.loaders import (
+    Share,
     end_workers,
     from_worker,
     global_loader,
     naming_lost_workers,
+    seeds_of_workers,
     stream_loader,
     stream_sampler,
 )
-from mmpeft.training.main_process import on_main
 from mmpeft.training.parts import parameter_groups, rates_now
 from mmpeft.training.reach import reach_what_trains
-from mmpeft.training.resume import SEAL, checkpoint_damage, seal_checkpoint
+from mmpeft.training.recompute import Cuttable
+from mmpeft.training.shares import (
+    average_gradients,
+    backward_through_layers,
+    whole_hidden,
+)
 from mmpeft.training.skips import SkipWatch
 from mmpeft.training.waiting import DataWaits
 from mmpeft.training.weighing import weigh_tokens
 
-logger = logging.getLogger(__name__)
 
-
-class MultimodalTrainer(Trainer):
+class MultimodalTrainer(CheckpointingTrainer):
     """An HF Trainer for multimodal models.
 
     On one process its losses are those of `transformers.Trainer` with the same collator (where those of a step depend
@@ -64,6 +73,10 @@ class MultimodalTrainer(Trainer):
         *args, **kwargs: those of `transformers.Trainer`.
 
     Attributes:
+        averages: whether gradients are averaged over processes behind the last backward of a step; False for a single
+            process, and where DDP (of a model that trains in place) or DeepSpeed does it.
+        together: processes that run the same samples, each with its share of the language model's matrices.
+        share: which samples of each step this process takes.
         proved_whole: a checkpoint whose files were read and found whole already, so that resuming does not read them
             again.
 
@@ -89,10 +102,21 @@ class MultimodalTrainer(Trainer):
         self.skips: SkipWatch | None = None
         self.waits = DataWaits()
         self._ahead: ReadAhead | None = None
+        self._copies: CopiesAhead | None = None
+        self._averaged: list[torch.nn.Parameter] = []
+        self._in_parts: list[torch.nn.Parameter] = []
         self._resumed_from: Any = None
         self.proved_whole: Path | None = None
-        _one_device(kwargs.get("args", args[1] if len(args) > 1 else None))
-        super().__init__(*args, **kwargs)
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        one_device(given)
+        with optimizer_whole(given):
+            super().__init__(*args, **kwargs)
+        self.averages = self.args.world_size > 1 and isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled
+        parallel = tensor_parallel_of(self.model)
+        self.together = parallel.together if parallel else 1
+        self.share = Share(world=self.args.world_size // self.together, rank=self.args.process_index // self.together)
+        # So that the Trainer does not wrap it: what trains in an adapter is small, and its gradients are averaged here.
+        self.is_distributed_loading_by_transformers = self.averages or is_sharded(self.model)
         if features is not None:
             self.take_features(features)
         smoothing = self.args.label_smoothing_factor
@@ -121,8 +145,8 @@ class MultimodalTrainer(Trainer):
         self._window_tokens = self._window_samples = 0
         self._computed = self._padded = 0
         self.tokens_trained = self.samples_trained = self.tokens_computed = self.tokens_padded = 0
-        self.add_callback(_EpochOfData(self.train_dataset))
-        self.add_callback(_EndOfEpoch(self))
+        self.add_callback(EpochOfData(self.train_dataset))
+        self.add_callback(EndOfReading(self))
 
     def take_features(self, features: FeatureCache) -> None:
         """Train on what is kept from now on; the data set has to keep features in the same store."""
@@ -148,24 +172,70 @@ class MultimodalTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's own on one process; elsewhere one whose global batches are those of one process.
 
-        Elsewhere is: on several processes, of a stream, where samples on the same media come together, and where steps
-        are cut by cost.
+        Elsewhere is: on several processes, of a stream, where samples on the same media come together, where steps are
+        cut by cost, and under DeepSpeed.
         """
         dataset: Any = self.train_dataset
         streamed = isinstance(dataset, Stream)
-        plain = self.args.world_size == 1 and not self.share_media and self.cut is None
+        in_each = self._media_in_step()
+        plain = self.args.world_size == 1 and not self.share_media and self.cut is None and not in_each
         if not streamed and (not hasattr(dataset, "__len__") or plain):
             return super().get_train_dataloader()
         collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
         if not streamed:
-            loader = global_loader(dataset, self.args, collator, share_media=self.share_media, cut=self.cut)
-            self.cut_figures = getattr(loader.batch_sampler, "figures", None)
+            in_each = in_each and hasattr(dataset, "media_kinds")
+            loader = global_loader(
+                dataset,
+                self.args,
+                collator,
+                self.share,
+                share_media=self.share_media,
+                cut=self.cut,
+                media_in_each=in_each,
+            )
+            sampler: Any = loader.batch_sampler
+            self.cut_figures = getattr(sampler.batches if in_each else sampler, "figures", None)
             return loader
-        sampler = stream_sampler(dataset, self.args)
+        if in_each:
+            raise RecipeError(
+                "data.streaming with DeepSpeed: on text alone it would wait for ever for others with pictures, or "
+                "lose the gradients of the micro-batches before; use ddp or fsdp2, or data.streaming: false"
+            )
+        sampler = stream_sampler(dataset, self.args, self.share)
         self.skips = SkipWatch(sampler, self.accelerator)
         if isinstance(self._resumed_from, str | Path):
             self.skips.load(Path(self._resumed_from))
         return stream_loader(sampler, self.args, collator)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's own, whose workers' seeds are not drawn from what dropout draws from."""
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        getattr(loader, "base_dataloader", loader).generator = seeds_of_workers(self.args)
+        return loader
+
+    def _media_in_step(self) -> bool:
+        """Whether all processes need media in each micro-batch: DeepSpeed's, where more than language trains.
+
+        On one process too: of an update it keeps the gradients that the last micro-batch has.
+        """
+        if not self.is_deepspeed_enabled:
+            return False
+        own: Any = self.model
+        spec = family_of(own)
+        return any(
+            parameter.requires_grad and spec.part_of(base_name(name)) not in (None, "language")
+            for name, parameter in own.named_parameters()
+        )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The Trainer's own; processes that share matrices out go through all of it together."""
+        if self.together == 1:
+            return super().get_eval_dataloader(*args, **kwargs)
+        prepare, self.accelerator.prepare = self.accelerator.prepare, _as_it_is
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.accelerator.prepare = prepare
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of a step, and how many labelled tokens all processes have in them.
@@ -185,10 +255,20 @@ class MultimodalTrainer(Trainer):
             self._ahead.refill()
         if self.skips is not None:
             self.skips.check((self.state.global_step + 1) * self._step_size())
+        if self.computing.why_not_copied_ahead() is None:
+            self._copies = self._copies or CopiesAhead(self.args.device, self._prepare_input)
+            self._copies.expect(found[0])
         return found
+
+    @property
+    def copied_ahead(self) -> int:
+        """Micro-batches that went to the device while it computed the one before."""
+        return self._copies.count if self._copies is not None else 0
 
     def end_reading(self) -> None:
         """Read no further ahead: at the end of an epoch, and of training."""
+        if self._copies is not None:
+            self._copies.forget()
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -196,17 +276,53 @@ class MultimodalTrainer(Trainer):
     def _step_size(self) -> int:
         """Samples of a step, of all processes."""
         args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.share.world
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch forward and backward; counts its samples and tokens without a synchronisation."""
+        numbers: OnHost | None = inputs.pop("numbers", None)
         tree: Tree | None = inputs.get("tree")
         self._samples = self._samples + (tree.samples if tree else _labelled(inputs))
         self._tokens = self._tokens + (tree.tokens if tree else inputs["attention_mask"].sum())
+        self.computing.segments += len(tree.segments) if tree else 0
         self._computed += inputs["input_ids"].numel()
         self._padded += tree.padded if tree else inputs["input_ids"].numel()
-        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        return self.computing.recompute.run(step)
+        step: Any = super().training_step
+        moved = self._copies.take(inputs) if self._copies is not None else None
+        whole = functools.partial(step, model, inputs if moved is None else moved, *args, **kwargs)
+        cuttable = None
+        if numbers is not None:
+            indices = numbers.values["numbers"]
+
+            def pieces(parts: int) -> list[Any]:
+                # They are read and encoded anew, by this process: where memory did not suffice once, so is each later
+                # micro-batch of the stage that has several samples.
+                return [functools.partial(step, model, each, *args, **kwargs) for each in self._cut_up(indices, parts)]
+
+            cuttable = Cuttable(most=len(indices), pieces=pieces)
+        loss = self.computing.recompute.run(whole, cuttable)
+        if self.averages and self.accelerator.sync_gradients:
+            average_gradients(self._averaged, in_parts=self._in_parts, parts=self.together)
+            self.computing.recompute.agree(self.args.device)
+        return loss
+
+    def _cut_up(self, indices: Sequence[int], parts: int) -> list[dict[str, Any]]:
+        """The samples of a micro-batch as so many of about one size."""
+        rows: Any = BlankedDataset(self.train_dataset)
+        collate: Any = self.data_collator
+        bounds = [len(indices) * part // parts for part in range(parts + 1)]
+        return [collate([rows[index] for index in indices[start:end]]) for start, end in pairwise(bounds)]
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """Begin with the first process's adapter; `training_step` averages its gradients.
+
+        transformers 5.24 sends each of them in the midst of backward, when it is there: never, on text alone.
+        """
+        # Walked once, not at each step: an adapter is a small part of the parameters.
+        self._averaged = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._in_parts = partial_parameters(model)
+        for parameter in self._averaged if self.averages else ():
+            torch.distributed.broadcast(parameter.data, src=0)
 
     def _prepare_input(self, data: Any) -> Any:
         """The Trainer's own; from pinned memory without waiting for the device."""
@@ -214,10 +330,23 @@ class MultimodalTrainer(Trainer):
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
+    @property
+    def autocast_precision(self) -> torch.dtype | None:
+        """What forwards are cast to; None if they are not."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The Trainer's own; under DeepSpeed too, whose ZeRO-3 leaves what trains in float32 beside a base in half."""
+        half = self.autocast_precision
+        if not self.is_deepspeed_enabled or half is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.args.device.type, dtype=half, cache_enabled=bool(cache_enabled))
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, on a packed row with the positions that the family gives it, and on kept features."""
         check_attention(self.model, inputs)
-        with fed(self.features, self.model, with_positions(self.model, inputs), self.accelerator.autocast) as batch:
+        autocast = self.autocast_smart_context_manager if self.is_deepspeed_enabled else self.accelerator.autocast
+        with fed(self.features, self.model, with_positions(self.model, inputs), autocast) as batch:
             return super().compute_loss(model, batch, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,7 +375,12 @@ class MultimodalTrainer(Trainer):
         self._window_start = time.perf_counter()
         model: Any = self.model
         self._resumed_from = args[0] if args else kwargs.get("resume_from_checkpoint")
-        with naming_lost_workers(), self.computing.on(training=True):
+        with (
+            naming_lost_workers(),
+            self.computing.on(training=True),
+            whole_hidden(self.accelerator, model),
+            backward_through_layers(model),
+        ):
             # Behind the hook that gives outputs their loss.
             hook = model.register_forward_hook(reach_what_trains)
             try:
@@ -262,9 +396,8 @@ class MultimodalTrainer(Trainer):
 
     def _count(self) -> tuple[int, int, int, int]:
         """So far and of all processes: samples, their tokens, tokens computed, and those of padded batches."""
-        samples, tokens, computed, padded = self.of_all_processes(
-            self._samples, self._tokens, self._computed, self._padded
-        )
+        counted = self.of_all_processes(self._samples, self._tokens, self._computed, self._padded)
+        samples, tokens, computed, padded = (count // self.together for count in counted)
         return samples, tokens, computed, padded
 
     def of_all_processes(self, *counts: torch.Tensor | int) -> list[int]:
@@ -272,114 +405,12 @@ class MultimodalTrainer(Trainer):
         own = torch.tensor([float(count) for count in counts], device=self.args.device)
         return [int(count) for count in self.accelerator.reduce(own, reduction="sum").tolist()]
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint and seal it; where that fails, remove what there is of it and say why.
 
-        Raises:
-            OutputError: the place cannot be written, for instance because the disk is full.
-        """
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            with writing(folder):
-                if self.args.should_save:
-                    # Of an earlier checkpoint of the same step, whose files are about to change.
-                    (folder / SEAL).unlink(missing_ok=True)
-                if self.skips is not None and self.args.should_save:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    self.skips.save(folder)
-                super()._save_checkpoint(model, trial)
-                # All processes have files in it.
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    seal_checkpoint(folder)
-        except Exception:
-            remove_directory(folder)
-            raise
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not isinstance(self.model, PeftModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_peft_files(self.model, folder, state_dict)
-            processor: Any = self.processing_class
-            if processor is not None:
-                processor.save_pretrained(folder)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint's weights.
-
-        Raises:
-            OutputError: it is damaged.
-        """
-        folder = Path(resume_from_checkpoint)
-        if folder != self.proved_whole and (damage := on_main(lambda: checkpoint_damage(folder))):
-            raise OutputError(f"cannot resume from {resume_from_checkpoint}: {damage}; take an older checkpoint")
-        own: Any = self.model
-        if not isinstance(own, PeftModel):
-            self._load_whole_model(resume_from_checkpoint)
-            return
-        # PEFT switches gradients on for all that an adapter holds; what was frozen has to stay so.
-        trained = {name: parameter.requires_grad for name, parameter in own.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in own.named_parameters():
-            parameter.requires_grad_(trained[name])
-
-    def _load_best_model(self) -> None:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded or isinstance(self.model, PeftModel):
-            super()._load_best_model()
-        else:
-            self._load_whole_model(str(self.state.best_model_checkpoint))
-
-    def _load_whole_model(self, checkpoint: str) -> None:
-        """Weights of a model that trains in place.
-
-        The Trainer of transformers 5.24 reads the file by the names of the module tree, but LLaVA's are converted
-        when they are saved: it finds not one of them, warns, and keeps the weights that it has.
-        tests/training/test_trainer.py [full] passes without this once transformers has mended it.
-        """
-        own: Any = self.model
-        own.load_state_dict(type(own).from_pretrained(checkpoint).state_dict())
+def _as_it_is(loader: DataLoader) -> DataLoader:
+    return loader
 
 
 def _labelled(inputs: Mapping[str, Any]) -> torch.Tensor | int:
     """Samples of a padded batch; a blank, which stands where a process has no sample, has no label."""
     labels = inputs.get("labels")
     return len(inputs["input_ids"]) if labels is None else (labels != IGNORE_INDEX).any(dim=1).sum()
-
-
-class _EndOfEpoch(TrainerCallback):
-    """Ends reading ahead before the next epoch asks the same workers."""
-
-    def __init__(self, trainer: MultimodalTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.end_reading()
-
-
-def _one_device(args: TrainingArguments | None) -> None:
-    """Train on one device a process: `DataParallel`, which the Trainer takes on several, cuts packed rows apart."""
-    if args is not None and args.n_gpu > 1:
-        logger.warning(
-            "%d devices are here, and this process trains on one; `accelerate launch -m mmpeft run RECIPE` uses all",
-            args.n_gpu,
-        )
-        args._n_gpu = 1
-
-
-class _EpochOfData(TrainerCallback):
-    """Tells a data set that changes with the epoch which one begins.
-
-    Loaders do it only on some ways: accelerate 1.15 leaves it out where a run goes on in the middle of an epoch.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int(state.epoch or 0))

@@ -239,6 +239,7 @@ print(sum(saved) >> 20, recompute.count, recompute.total, again == loss, equal)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is that of Linux")
 def test_real_memory_that_runs_out_is_made_to_suffice():
     # Freed memory goes back at once, so that the limit is one on what is in use.

@@ -11,7 +11,7 @@ from mmpeft.methods.plan import base_name
 from mmpeft.training.callbacks import MetricsFile, read_metrics
 from mmpeft.training.computing import Compute
 from mmpeft.training.parts import parameter_groups, rates_now
-from mmpeft.training.resume import last_checkpoint, seal_checkpoint
+from mmpeft.training.resume import check_writers, last_checkpoint, seal_checkpoint
 from tests.project import StopAfter, write_data
 from tests.tiny import tiny_llava
 
@@ -247,20 +247,24 @@ def test_a_checkpoint_cut_short_is_removed_and_the_one_before_taken(tmp_path, ca
         folder.mkdir()
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
+    seal_checkpoint(tmp_path / "checkpoint-2")
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
     assert "checkpoint-6 is damaged (it was cut short" in caplog.text
 
 
-def test_a_checkpoint_that_was_not_sealed_is_removed_beside_one_that_was(tmp_path):
+def test_a_checkpoint_that_was_not_sealed_is_removed(tmp_path, caplog):
+    """The first process may have written all of its files where another was killed at its own."""
     for step in (2, 4):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", 4)
     seal_checkpoint(tmp_path / "checkpoint-2")
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", 2)
-    assert not (tmp_path / "checkpoint-4").exists()
+    (tmp_path / "checkpoint-2" / "seal.json").unlink()
+    assert last_checkpoint(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    assert caplog.text.count("it was cut short") == 2
 
 
 def cut(path):
@@ -385,3 +389,20 @@ def test_label_smoothing_needs_the_logits_of_every_position(tmp_path, dataset, p
             train_dataset=dataset,
             data_collator=MultimodalCollator(processor),
         )
+
+
+def test_deepspeeds_checkpoints_go_on_with_as_many_processes_alone(tmp_path):
+    plain, shared = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    plain.mkdir()
+    (shared / "global_step2").mkdir(parents=True)
+    for rank in range(2):
+        (shared / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    check_writers(None, zero=2, processes=2)
+    check_writers(plain, zero=None, processes=3)
+    check_writers(shared, zero=2, processes=2)
+    with pytest.raises(OutputError, match="it was written by ddp, fsdp2 or one process; go on as the run was begun"):
+        check_writers(plain, zero=2, processes=2)
+    with pytest.raises(OutputError, match=r"it was written by DeepSpeed \(zero1, zero2, zero3\)"):
+        check_writers(shared, zero=None, processes=2)
+    with pytest.raises(OutputError, match="it has the shares of 2 processes, and here are 4"):
+        check_writers(shared, zero=3, processes=4)
