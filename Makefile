@@ -28,8 +28,8 @@ demo: setup ## Teach a real language model to read handwritten digits: adapter, 
 test: setup ## Run the quick tests on two processes, and list what was skipped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
 
-test-slow: setup ## Run the tests that take longer: built wheel, several processes, whole runs
-	$(BIN)/python -m pytest -m slow
+test-slow: setup ## Run the tests that take longer, on two processes: built wheel, several processes, whole runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 check: setup ## Check format, lint, types, the floors (imports go down only), and the time `import mmpeft` takes
 	$(BIN)/ruff format --check .
@@ -40,7 +40,7 @@ check: setup ## Check format, lint, types, the floors (imports go down only), an
 
 # One seed of the quickstart; its committed figures are of three, which take a quarter of an hour.
 bench: $(BENCH_STAMP) ## Run every benchmark; each writes benchmarks/results/<name>.json
-	@set -e; for name in data_check import_time video_decoding training_speed evaluation_speed; do \
+	@set -e; for name in data_check import_time video_decoding training_speed evaluation_speed scale int8; do \
 		echo "benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py"; done
 	$(BIN)/python benchmarks/quickstart.py --seeds 0 --results runs/benchmark/quickstart.json
 

@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "AdapterError": "core.errors",
     "DataError": "core.errors",
+    "HubError": "core.errors",
     "MMPeftError": "core.errors",
     "MissingDependencyError": "core.errors",
     "ModelError": "core.errors",
     "MultimodalCollator": "data.collate",
     "MultimodalTrainer": "training.trainer",
+    "OnnxModel": "export.onnx_model",
     "OutputError": "core.errors",
     "Recipe": "config.recipe",
     "RecipeError": "core.errors",
@@ -26,10 +28,17 @@ _HOME_OF = {
     "answer": "evaluation.generate",
     "compose_model": "models.compose",
     "evaluate_model": "pipeline.evaluate",
+    "export_bnb": "pipeline.export_bnb",
+    "export_gguf": "export.gguf",
+    "export_int8": "pipeline.export_int8",
+    "export_onnx": "pipeline.export_onnx",
     "get_peft_model": "methods.attach",
     "load_dataset": "data.dataset",
     "load_model": "models.load",
+    "merge": "export.merged_model",
+    "push": "pipeline.publish",
     "register_projector": "models.projectors",
+    "reproduce": "pipeline.reproduce",
     "run": "pipeline.run",
     "save_adapter": "methods.checkpoint",
 }
@@ -37,11 +46,13 @@ _HOME_OF = {
 __all__ = [
     "AdapterError",
     "DataError",
+    "HubError",
     "MMPeftError",
     "MissingDependencyError",
     "ModelError",
     "MultimodalCollator",
     "MultimodalTrainer",
+    "OnnxModel",
     "OutputError",
     "Recipe",
     "RecipeError",
@@ -51,10 +62,17 @@ __all__ = [
     "answer",
     "compose_model",
     "evaluate_model",
+    "export_bnb",
+    "export_gguf",
+    "export_int8",
+    "export_onnx",
     "get_peft_model",
     "load_dataset",
     "load_model",
+    "merge",
+    "push",
     "register_projector",
+    "reproduce",
     "run",
     "save_adapter",
 ]
@@ -80,6 +98,7 @@ if TYPE_CHECKING:
     from mmpeft.core.errors import (
         AdapterError,
         DataError,
+        HubError,
         MissingDependencyError,
         MMPeftError,
         ModelError,
@@ -90,11 +109,16 @@ if TYPE_CHECKING:
     from mmpeft.data.collate import MultimodalCollator
     from mmpeft.data.dataset import load_dataset
     from mmpeft.evaluation.generate import answer
+    from mmpeft.export.merged_model import merge
+    from mmpeft.export.onnx_model import OnnxModel
     from mmpeft.methods.attach import get_peft_model
     from mmpeft.methods.checkpoint import save_adapter
     from mmpeft.models.compose import compose_model
     from mmpeft.models.load import load_model
     from mmpeft.models.projectors import register_projector
     from mmpeft.pipeline.evaluate import evaluate_model
+    from mmpeft.pipeline.export_onnx import export_onnx
+    from mmpeft.pipeline.publish import push
+    from mmpeft.pipeline.reproduce import reproduce
     from mmpeft.pipeline.run import RunResult, run
     from mmpeft.training.trainer import MultimodalTrainer

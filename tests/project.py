@@ -92,3 +92,13 @@ class StopAfter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def make_mostly_text(file: Path) -> None:
+    """Take the picture away from two samples of three of a data file."""
+    rows = json.loads(file.read_text())
+    for index, row in enumerate(rows):
+        if index % 3:
+            del row["image"]
+            row["conversations"][0]["value"] = "2 and 2?" + " hm" * (index % 4)
+    file.write_text(json.dumps(rows))

@@ -53,3 +53,30 @@ def test_training_speed_writes_nothing_where_the_maths_differs(tmp_path):
     assert done.returncode != 0
     assert "not the same maths, nothing is written" in done.stderr
     assert not file.exists()
+
+
+@pytest.mark.slow
+def test_scale_counts_what_grows_with_processes(tmp_path):
+    file = tmp_path / "found.json"
+    done = run("benchmarks/scale.py", "--quick", "--results", file)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["started"][0]["processes"] == 2
+    assert found["checkpoint"]["processes"] == 100
+    assert found["computed"]["rng_mb_of_a_checkpoint"]["value"] > 100
+    assert all(entry["formula"] for entry in found["computed"].values())
+
+
+@pytest.mark.slow
+def test_layers_are_gathered_while_others_compute(tmp_path):
+    """In a trace of a real step of two processes; without asking for the next layer, none of it is."""
+    file = tmp_path / "found.json"
+    done = run("benchmarks/overlap.py", "--quick", "--results", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    hidden = {name: row["hidden"] / row["sending"] for name, row in rows.items()}
+    print(hidden)
+    assert hidden["fsdp2"] > 0.05
+    assert hidden["fsdp2, one by one"] < 0.01
+    assert hidden["tower in full, ddp"] > 0.05
+    assert rows["fsdp2"]["loss"] == rows["fsdp2, one by one"]["loss"]

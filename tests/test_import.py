@@ -70,7 +70,8 @@ def test_every_test_file_is_collected():
     files = [path for path in (ROOT / "tests").rglob("*.py") if "__pycache__" not in path.parts]
     holding = [path for path in files if re.search(r"^(async )?def test_|^class Test", path.read_text(), re.MULTILINE)]
     assert holding
-    assert [path.name for path in holding if not path.name.startswith("test_")] == []
+    # npu_sim/inside.py is run by test_simulation.py, in a process that has the device.
+    assert [path.name for path in holding if not path.name.startswith("test_")] == ["inside.py"]
     assert [path for path in holding if not (path.parent / "__init__.py").is_file()] == []
     empty = [path.name for path in files if path.name.startswith("test_") and path not in holding]
     assert empty == []

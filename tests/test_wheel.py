@@ -81,13 +81,17 @@ def test_it_holds_the_code_and_every_shipped_file_and_nothing_else(wheel):
         assert {f"mmpeft/_assets/{kind}/{name}" for name in shipped} <= names
     assert {"mmpeft/py.typed", "mmpeft/cli/main.py"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"mmpeft"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"mmpeft", "optimum"}
+    assert [name for name in names if name.startswith("optimum")] == ["optimum/commands/register/register_mmpeft.py"]
     kinds = {Path(name).suffix for name in names if ".dist-info/" not in name}
     assert kinds <= {".py", ".typed", ".json", ".yaml", ".j2", ".css", ".js", ".html", ".md"}
 
 
 def test_it_is_small(wheel):
-    assert wheel.stat().st_size < 600_000
+    """Text only, and nothing of it so large that it would be data."""
+    assert wheel.stat().st_size < 2**20
+    with zipfile.ZipFile(wheel) as archive:
+        assert max(entry.file_size for entry in archive.infolist()) < 64_000
 
 
 def test_mmpeft_comes_from_the_wheel(run, installed):
@@ -116,3 +120,13 @@ def test_the_smallest_quickstart_runs_from_the_wheel(run, tmp_path):
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     assert (output / "adapter" / "README.md").is_file()
     assert "<html" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_optimum_cli_has_our_exporters():
+    """Here, where the editable install has the same file in the same place; beside the wheel it would come twice."""
+    pytest.importorskip("optimum", reason="optimum is not installed")
+    program = "import sys; from optimum.commands.optimum_cli import main; sys.argv[0] = 'optimum-cli'; main()"
+    words = [sys.executable, "-c", program, "export", "mmpeft", "int8", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--auto-skip" in done.stdout

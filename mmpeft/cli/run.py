@@ -1,5 +1,6 @@
 """`mmpeft run RECIPE`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,10 @@ import typer
 
 import mmpeft
 from mmpeft.cli.output import JsonOption, human, print_json
+from mmpeft.core.lazy import LazyModule
+
+# It imports torch, which most commands do without.
+launching = LazyModule("mmpeft.pipeline.launch")
 
 SetOption = Annotated[
     list[str] | None,
@@ -28,8 +33,12 @@ def run(
 
     What has not changed since the last run is not done again.
     """
-    console = human(as_json)
     loaded = mmpeft.Recipe.from_yaml(recipe, tuple(set_ or ()))
+    if processes := launching.processes_to_start(loaded):
+        raise typer.Exit(launching.launch(sys.argv[1:], processes))
+    if launching.launched():
+        launching.end_with_launcher()
+    console = human(as_json)
     result = mmpeft.run(loaded, resume=resume, until=stage, console=console)
     if as_json:
         print_json(
@@ -39,7 +48,10 @@ def run(
                 "report": result.report,
                 "stages": list(result.stages),
                 "scores": result.scores,
+                "published": result.published,
             }
         )
     else:
         console.print(f"result: {result.result}\nreport: {result.report}", soft_wrap=True)
+        if result.published:
+            console.print(f"pushed: {result.published}", soft_wrap=True)

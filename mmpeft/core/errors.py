@@ -28,9 +28,24 @@ class OutputError(MMPeftError):
     """A place that cannot be written (read-only, full, or taken by something else), or what was written is damaged."""
 
 
+class HubError(MMPeftError):
+    """The Hub refuses or cannot be reached, or something must not be published; names the file and what to do."""
+
+
 class MissingDependencyError(MMPeftError):
     """An optional library that is not installed; names the extra that brings it."""
 
 
 class RunInterrupted(MMPeftError):
-    """Training was stopped by Ctrl-C after its checkpoint was written; the same command goes on from there."""
+    """Work was stopped by Ctrl-C; says what is kept and how to go on."""
+
+
+class MemoryLackError(MMPeftError):
+    """A device's memory that does not suffice, whatever was done that changes no result; says what would help."""
+
+
+class RunAgain(MMPeftError):
+    """Memory did not suffice; the same command goes on with what was written down to need less of it."""
+
+    STATUS = 75
+    """Exit status of a process that it ends (sysexits.h, EX_TEMPFAIL): `mmpeft run` starts its processes again."""

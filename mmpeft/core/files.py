@@ -72,7 +72,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-_FULL = ("os error 28", "No space left", "PytorchStreamWriter", "iostream error")
+_FULL = ("os error 28", "No space left", "PytorchStreamWriter", "inline_container", "iostream error")
 """What safetensors and torch.save say of a full disk, as far as it tells at all."""
 
 

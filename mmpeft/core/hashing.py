@@ -12,6 +12,11 @@ def hash_value(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """SHA-256 (hex) of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in chunks of 1 MiB."""
     digest = hashlib.sha256()

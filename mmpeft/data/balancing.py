@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch.utils.data import Sampler
 
-from mmpeft.data.batching import TOGETHER, together
+from mmpeft.data.batching import TOGETHER, shuffled, together
 from mmpeft.data.cutting import Bounds, CostModel, Item, MicroBatch, count_micro_batches, cut, items_of
 from mmpeft.data.sample_lengths import Lengths
 
@@ -47,22 +46,19 @@ class Steps:
     def __len__(self) -> int:
         return -(-self.samples // self.size)
 
-    def of(self, epoch: int) -> list[list[int]]:
-        """The samples of each step of an epoch (from 0)."""
+    def of(self, epoch: int) -> Iterator[list[int]]:
+        """The samples of each step of an epoch (from 0), one step at a time."""
         lengths = self.lengths(epoch)
-        order = list(range(self.samples))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(self.samples, generator=generator).tolist()
+        order = shuffled(self.samples, self.seed + epoch) if self.shuffle else np.arange(self.samples)
         if self.share_media:
-            order = together(order, lengths["picture"].tolist().__getitem__, TOGETHER)
+            order = together(order, lengths["picture"], TOGETHER)
         if epoch == 0 and self.shuffle and self.longest_first and self.samples > self.size:
             order = _longest_first(order, np.asarray(lengths["tokens"]), self.size)
-        return [order[start : start + self.size] for start in range(0, self.samples, self.size)]
+        for start in range(0, self.samples, self.size):
+            yield order[start : start + self.size].tolist()
 
 
-def _longest_first(order: Sequence[int], tokens: np.ndarray, size: int) -> list[int]:
-    ordered = np.array(order)
+def _longest_first(ordered: np.ndarray, tokens: np.ndarray, size: int) -> np.ndarray:
     whole = len(ordered) // size * size
     step = int(tokens[ordered[:whole]].reshape(-1, size).sum(axis=1, dtype=np.int64).argmax())
     places = np.arange(step * size, (step + 1) * size)
@@ -70,7 +66,7 @@ def _longest_first(order: Sequence[int], tokens: np.ndarray, size: int) -> list[
     if not places[0] <= longest <= places[-1]:
         shortest = int(places[tokens[ordered[places]].argmin()])
         ordered[[longest, shortest]] = ordered[[shortest, longest]]
-    return np.concatenate([ordered[places], np.delete(ordered, places)]).tolist()
+    return np.concatenate([ordered[places], np.delete(ordered, places)])
 
 
 def fullest_step(steps: Steps, bounds: Bounds, costs: CostModel, epochs: int) -> int:
@@ -173,7 +169,7 @@ class CostBatchSampler(Sampler[list[int]]):
         world, rank: number of processes, and which one this is.
 
     Attributes:
-        figures: of the epochs that were cut.
+        figures: of the epochs that were cut; counted by the first process alone, for they are of all.
     """
 
     def __init__(self, plan: Cut, *, world: int, rank: int) -> None:
@@ -201,15 +197,16 @@ class CostBatchSampler(Sampler[list[int]]):
             items = items_of(lengths[step])
             rounds = self._micro_batches(len(step))
             batches = cut(items, rounds * self.world, self.bounds, self.costs)
-            dealt = [[batches[place] for place in _dealt(rounds, self.world, rank)] for rank in range(self.world)]
-            self._count(items, dealt)
+            if self.rank == 0:
+                self._count(items, batches, rounds)
             blank = -1 - step[min(items, key=lambda item: (item.tokens, item.place)).place]
-            for batch in dealt[self.rank]:
-                yield [step[place] for place in batch] or [blank]
+            for place in _dealt(rounds, self.world, self.rank):
+                yield [step[sample] for sample in batches[place]] or [blank]
 
-    def _count(self, items: Sequence[Item], dealt: Sequence[Sequence[Sequence[int]]]) -> None:
+    def _count(self, items: Sequence[Item], batches: Sequence[Sequence[int]], rounds: int) -> None:
+        dealt = [[batches[place] for place in _dealt(rounds, self.world, rank)] for rank in range(self.world)]
         self.figures.add(items, [[self._of(items, batch) for batch in share] for share in dealt], plain=False)
-        micro = -(-len(items) // (len(dealt[0]) * self.world))
+        micro = -(-len(items) // (rounds * self.world))
         chunks = [range(start, min(start + micro, len(items))) for start in range(0, len(items), micro)]
         plain = [[self._of(items, chunk) for chunk in chunks[rank :: self.world]] for rank in range(self.world)]
         self.figures.add(items, plain, plain=True)

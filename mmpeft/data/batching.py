@@ -4,10 +4,12 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from mmpeft.core.errors import DataError
+from mmpeft.core.host import OnHost
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.encode import Encoded
 from mmpeft.data.stream import Place, Taken
@@ -71,16 +73,62 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return whole * self.accumulation + -(-rest // (self.micro * self.world))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.length))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.length, generator=generator).tolist()
+        order = shuffled(self.length, self.seed + self.epoch) if self.shuffle else np.arange(self.length)
         if self.media is not None:
-            order = together(order, self.media, TOGETHER)
+            order = together(order, _keys(self.length, self.media), TOGETHER)
         width = self.micro * self.world
         for start in range(0, self.length, width):
             chunk = order[start : start + width]
-            yield _share(chunk, self.world, self.rank) or [-1 - chunk[0]]
+            yield chunk[_share(len(chunk), self.world, self.rank)].tolist() or [-1 - int(chunk[0])]
+
+
+class MediaInEach(Sampler[list[int]]):
+    """The micro-batches of another sampler, to which blanks are added so that each has media of every kind.
+
+        text text     ->   text text (picture)
+        text picture  ->   text picture
+
+    Where gradients are sent in the order in which backward finds them (DeepSpeed), a process with text alone would
+    send other ones than those that the others wait for; and of an update it keeps only the gradients of what the last
+    micro-batch has reached.
+
+    Args:
+        batches: its `set_epoch` is called on.
+        kinds: bits that say of which kinds a sample has media.
+        length: samples in the data set.
+    """
+
+    def __init__(self, batches: Any, kinds: Callable[[int], int], length: int) -> None:
+        self.batches, self.kinds, self.length = batches, kinds, length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as epoch `epoch` (from 0) does."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        examples: dict[int, int] | None = None
+        for batch in self.batches:
+            if examples is None:
+                # Not before the epoch has begun: a mixture has other samples in each.
+                examples = self._examples()
+            there = 0
+            for index in batch:
+                there |= self.kinds(index if index >= 0 else -1 - index)
+            yield batch + [-1 - index for kind, index in examples.items() if not there & kind]
+
+    def _examples(self) -> dict[int, int]:
+        """For each kind of media the first sample that has it."""
+        found: dict[int, int] = {}
+        for index in range(self.length):
+            kinds = self.kinds(index)
+            while kinds:
+                lowest = kinds & -kinds
+                found.setdefault(lowest, index)
+                kinds ^= lowest
+        return found
 
 
 class StreamBatchSampler(Sampler[list[Place]]):
@@ -127,7 +175,8 @@ class StreamBatchSampler(Sampler[list[Place]]):
                 left, rows = left - 1, rows + len(batch)
                 self.rows = rows if following is None else self.rows
                 for start in range(0, width * self.accumulation, width):
-                    mine = _share(batch[start : start + width], self.world, self.rank)
+                    chunk = batch[start : start + width]
+                    mine = chunk[_share(len(chunk), self.world, self.rank)]
                     yield mine or [batch[0]._replace(blank=True)]
             epoch += 1
 
@@ -159,27 +208,45 @@ class StreamCollator:
         return {**batch, "skipped": skipped} if skipped else batch
 
 
-def _share(chunk: Sequence[Any], world: int, rank: int) -> list[Any]:
-    """What process `rank` has of samples that are dealt out evenly."""
-    share, extra = divmod(len(chunk), world)
+def _share(samples: int, world: int, rank: int) -> slice:
+    """Which of so many samples process `rank` has, where they are dealt out evenly."""
+    share, extra = divmod(samples, world)
     begin = rank * share + min(rank, extra)
-    return list(chunk[begin : begin + share + (rank < extra)])
+    return slice(begin, begin + share + (rank < extra))
 
 
-def together(order: Sequence[int], media: Callable[[int], Hashable], most: int) -> list[int]:
+def shuffled(samples: int, seed: int) -> np.ndarray:
+    """A permutation [samples] by torch's generator, 8 bytes a sample."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def _keys(samples: int, media: Callable[[int], Hashable]) -> np.ndarray:
+    """For each sample a number that those on the same media have in common; 0 for none."""
+    keys = (hash(key) or 1 if (key := media(sample)) else 0 for sample in range(samples))
+    return np.fromiter(keys, dtype=np.int64, count=samples)
+
+
+def together(order: np.ndarray, keys: np.ndarray, most: int) -> np.ndarray:
     """The order with samples on the same media side by side, `most` of them at once.
 
-    order   a1 b1 c1 a2 b2 a3      most 2   ->   a1 a2 b1 b2 c1 a3
+        order   a1 b1 c1 a2 b2 a3      most 2   ->   a1 a2 b1 b2 c1 a3
 
-    Samples whose media are empty stay where they are.
+    Args:
+        order: [samples of an epoch], their indices.
+        keys: [samples of the data set], a number that those on the same media have in common; samples whose number is 0
+            stay where they are.
     """
-    places: dict[Hashable, list[int]] = {}
-    for sample in order:
-        key = media(sample)
-        places.setdefault(key or ("alone", sample), []).append(sample)
-    chunks = [samples[start : start + most] for samples in places.values() for start in range(0, len(samples), most)]
-    rank = {sample: place for place, sample in enumerate(order)}
-    return [sample for chunk in sorted(chunks, key=lambda chunk: rank[chunk[0]]) for sample in chunk]
+    if not len(order):
+        return order
+    key = keys[order]
+    places = np.argsort(key, kind="stable")
+    key = key[places]
+    begins = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
+    within = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    chunks = np.flatnonzero((within % most == 0) | (key == 0))
+    # Each chunk stands where its first sample stood.
+    stands = np.repeat(places[chunks], np.diff(chunks, append=len(order)))
+    return order[places[np.argsort(stands, kind="stable")]]
 
 
 class BlankedDataset(Dataset[Mapping[str, Any]]):
@@ -197,3 +264,28 @@ class BlankedDataset(Dataset[Mapping[str, Any]]):
         sample = dict(self.dataset[-1 - index])
         sample["labels"] = torch.full_like(torch.as_tensor(sample["labels"]), IGNORE_INDEX)
         return sample
+
+
+class NumberedDataset(Dataset[Any]):
+    """Another data set, whose samples come with the index that they were asked for by."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+
+class NumberedCollator:
+    """Another collator, on what `NumberedDataset` gives: its batch also holds `numbers`, the samples' indices."""
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        """The micro-batch."""
+        numbers = OnHost({"numbers": tuple(number for number, _ in samples)})
+        return {**self.collator([sample for _, sample in samples]), "numbers": numbers}

@@ -10,9 +10,12 @@ What a micro-batch costs, in tokens of a language model without attention:
     tokens + attention * (pairs of tokens that see each other) + vision * (tokens that stand for media)
 """
 
+import bisect
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from mmpeft.data.sample_lengths import Lengths
 
@@ -189,14 +192,25 @@ def cut(items: Sequence[Item], count: int, bounds: Bounds, costs: CostModel) -> 
         found = _neighbours(items, count, bounds, costs)
     if len(found) > count:
         raise ValueError(f"{len(items)} samples need {len(found)} micro-batches; {count} were given")
-    while len(found) < count and any(len(batch.items) > 1 for batch in found):
-        parted = max((batch for batch in found if len(batch.items) > 1), key=lambda batch: batch.cost)
-        found.remove(parted)
-        half = len(parted.items) // 2
-        found += [_filled(part, bounds, costs) for part in (parted.items[:half], parted.items[half:])]
-    found.sort(key=lambda batch: -batch.cost)
+    found = sorted(_halved(found, count, bounds, costs), key=lambda batch: -batch.cost)
     batches = [sorted(item.place for item in batch.items) for batch in found]
     return batches + [[] for _ in range(count - len(batches))]
+
+
+def _halved(found: Sequence[MicroBatch], count: int, bounds: Bounds, costs: CostModel) -> Iterable[MicroBatch]:
+    """As many as `count`, as far as there are samples: the dearest of several samples is cut in two, and so on."""
+    whole = dict(enumerate(found))
+    dearest = [(-batch.cost, place) for place, batch in whole.items() if len(batch.items) > 1]
+    heapq.heapify(dearest)
+    place = len(whole)
+    while len(whole) < count and dearest:
+        items = whole.pop(heapq.heappop(dearest)[1]).items
+        for part in (items[: len(items) // 2], items[len(items) // 2 :]):
+            whole[place] = _filled(part, bounds, costs)
+            if len(part) > 1:
+                heapq.heappush(dearest, (-whole[place].cost, place))
+            place += 1
+    return whole.values()
 
 
 def _filled(items: Sequence[Item], bounds: Bounds, costs: CostModel) -> MicroBatch:
@@ -213,19 +227,77 @@ def _dearest_first(items: Sequence[Item], bounds: Bounds, costs: CostModel) -> l
 
 def _fewest(items: Sequence[Item], bounds: Bounds, costs: CostModel) -> list[MicroBatch]:
     """As few micro-batches as a simple way finds: of rows the first that a unit fits into, else the last one."""
-    anywhere = bounds.packed and bounds.spread
-    if anywhere:
-        units = _dearest_first(items, bounds, costs)
-    else:
-        units = [[item] for item in (_longest_first(items) if bounds.spread else items)]
     found: list[MicroBatch] = []
-    for unit in units:
-        home = next((batch for batch in (found if anywhere else found[-1:]) if batch.holds(unit)), None)
-        if home is None:
-            home = MicroBatch(bounds, costs)
-            found.append(home)
-        home.put(unit)
+    if bounds.packed and bounds.spread:
+        units = _dearest_first(items, bounds, costs)
+        rooms = _Rooms(len(units))
+        holders: dict[int, list[int]] = {}
+        for unit in units:
+            # A micro-batch that holds the unit's picture may spare some of it; in the others it takes all of its room.
+            sparing = holders.setdefault(unit[0].picture, []) if bounds.share and unit[0].picture else []
+            places = [place for place in sparing if found[place].holds(unit)][:1]
+            needed = sum(item.tokens for item in unit) - sum(item.shared for item in unit[1:])
+            place = rooms.first(needed)
+            while place is not None and not found[place].holds(unit):
+                place = rooms.first(needed, place + 1)
+            places += [] if place is None else [place]
+            if not places:
+                places = [len(found)]
+                found.append(MicroBatch(bounds, costs))
+            found[min(places)].put(unit)
+            rooms.leave(min(places), _room(found[min(places)]))
+            if min(places) not in sparing:
+                bisect.insort(sparing, min(places))
+        return found
+    for item in _longest_first(items) if bounds.spread else items:
+        if not found or not found[-1].holds([item]):
+            found.append(MicroBatch(bounds, costs))
+        found[-1].put([item])
     return found
+
+
+def _room(batch: MicroBatch) -> float:
+    """Tokens that may still come in; below 0 if no sample may."""
+    if batch.bounds.samples is not None and len(batch.items) >= batch.bounds.samples:
+        return -1
+    return math.inf if batch.bounds.tokens is None else batch.bounds.tokens - batch.tokens
+
+
+class _Rooms:
+    """The room that each of many places has, and the first place with enough, found in the logarithm of their number.
+
+                 7                each node: the most that its places have
+              3     7
+    places   3 1   0 7            the first with room for 2 behind the first: the last
+    """
+
+    def __init__(self, places: int) -> None:
+        self._size = 1 << max(0, places - 1).bit_length()
+        self._most: list[float] = [-1] * (2 * self._size)
+
+    def leave(self, place: int, room: float) -> None:
+        """A place has so much room from now on."""
+        node = place + self._size
+        self._most[node] = room
+        while node := node // 2:
+            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
+
+    def first(self, needed: float, start: int = 0) -> int | None:
+        """The first place from `start` on with room for as much; None if there is none."""
+        if start >= self._size:
+            return None
+        node = start + self._size
+        while self._most[node] < needed:
+            while node % 2:
+                node //= 2
+            if not node:
+                return None
+            node += 1
+        while node < self._size:
+            node *= 2
+            if self._most[node] < needed:
+                node += 1
+        return node - self._size
 
 
 def _longest_first(items: Sequence[Item]) -> list[Item]:
@@ -235,20 +307,39 @@ def _longest_first(items: Sequence[Item]) -> list[Item]:
 def _spread(items: Sequence[Item], count: int, bounds: Bounds, costs: CostModel) -> list[MicroBatch] | None:
     """Units, dearest first, each where it costs least; None if one does not fit anywhere."""
     found = [MicroBatch(bounds, costs) for _ in range(count)]
+    # Of equal cost the first; those without room for any sample are left out for good.
+    cheapest = [(0.0, place) for place in range(count)]
     units = _dearest_first(items, bounds, costs)[::-1]
     while units:
         unit = units.pop()
-        homes = [batch for batch in found if batch.holds(unit)]
-        if not homes and len(unit) > 1:
+        place = _taken(cheapest, found, unit)
+        if place is None and len(unit) > 1:
             units += [unit[len(unit) // 2 :], unit[: len(unit) // 2]]
             continue
-        if not homes and bounds.samples is not None:
+        if place is None and bounds.samples is not None and cheapest:
             # Two beginnings of one picture in a row: they share less, but there is no other room.
-            homes = [batch for batch in found if len(batch.items) < bounds.samples]
-        if not homes:
+            place = heapq.heappop(cheapest)[1]
+        if place is None:
             return None
-        min(homes, key=lambda batch: batch.cost).put(unit)
+        found[place].put(unit)
+        if bounds.samples is None or len(found[place].items) < bounds.samples:
+            heapq.heappush(cheapest, (found[place].cost, place))
     return [batch for batch in found if batch.items]
+
+
+def _taken(cheapest: list[tuple[float, int]], found: Sequence[MicroBatch], unit: Sequence[Item]) -> int | None:
+    """The cheapest place that holds a unit, taken out of the heap; None if none does."""
+    aside = []
+    chosen = None
+    while cheapest and chosen is None:
+        entry = heapq.heappop(cheapest)
+        if found[entry[1]].holds(unit):
+            chosen = entry[1]
+        else:
+            aside.append(entry)
+    for entry in aside:
+        heapq.heappush(cheapest, entry)
+    return chosen
 
 
 def _neighbours(items: Sequence[Item], count: int, bounds: Bounds, costs: CostModel) -> list[MicroBatch]:
@@ -256,21 +347,32 @@ def _neighbours(items: Sequence[Item], count: int, bounds: Bounds, costs: CostMo
     ordered = _longest_first(items)
     low, high = 0.0, _filled(ordered, bounds, costs).cost
     # Without a limit: a cost summed in another order may lie above `high` by the last bit.
-    best = _runs(ordered, math.inf, bounds, costs)
+    best = _ends(ordered, math.inf, bounds, costs)
     while high - low > max(1.0, _EXACT * high):
         middle = (low + high) / 2
-        found = _runs(ordered, middle, bounds, costs)
+        found = _ends(ordered, middle, bounds, costs)
         if len(found) <= count:
             best, high = found, middle
         else:
             low = middle
-    return best
+    return [_filled(ordered[start:end], bounds, costs) for start, end in pairwise([0, *best])]
 
 
-def _runs(ordered: Sequence[Item], most: float, bounds: Bounds, costs: CostModel) -> list[MicroBatch]:
-    found: list[MicroBatch] = []
-    for item in ordered:
-        if not found or not found[-1].holds([item], most):
-            found.append(MicroBatch(bounds, costs))
-        found[-1].put([item])
-    return found
+def _ends(ordered: Sequence[Item], most: float, bounds: Bounds, costs: CostModel) -> list[int]:
+    """Where runs of neighbours end that each hold as many as they may at a cost of `most`: see `MicroBatch.holds`."""
+    rows_allowed = math.inf if bounds.samples is None else bounds.samples
+    tokens_allowed = math.inf if bounds.tokens is None else bounds.tokens
+    ends: list[int] = []
+    rows, media, longest, row = 0, 0, 0, 0.0
+    for place, item in enumerate(ordered):
+        media += item.media
+        rows += 1
+        cost = rows * row + costs.vision * media
+        if rows > 1 and (rows > rows_allowed or cost > most or rows * longest > tokens_allowed):
+            ends.append(place)
+            rows = 1
+        if rows == 1:
+            # The longest comes first.
+            media, longest = item.media, item.tokens
+            row = longest + costs.attention * longest**2 / 2
+    return [*ends, len(ordered)]

@@ -3,7 +3,7 @@
 import logging
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,9 @@ from mmpeft.data.verify import verify_rows
 from mmpeft.families.spec import BoxConvention
 
 logger = logging.getLogger(__name__)
+
+_WINDOW = 1024
+"""Rows that are read at once."""
 
 
 class MultimodalDataset(Dataset[Encoded]):
@@ -69,6 +72,7 @@ class MultimodalDataset(Dataset[Encoded]):
         self.boxes = boxes
         self._rows = rows
         self._media_keys: array[int] | None = None
+        self._media_kinds: array[int] | None = None
         self._lengths: Lengths | None = None
         self._prepare = Preparation(
             processor=processor, path=path, media_root=media_root, limits=limits, max_length=max_length
@@ -141,10 +145,24 @@ class MultimodalDataset(Dataset[Encoded]):
     def media_key(self, index: int) -> int:
         """A number that samples on the same media have in common; 0 for one without any."""
         if self._media_keys is None:
-            columns = zip(*(self._rows[name] for name in ("images", "videos", "audios")), strict=True)
-            named = [tuple(map(tuple, row)) for row in columns]
-            self._media_keys = array("q", [hash(row) or 1 if any(row) else 0 for row in named])
+            self._media_keys = array("q", (hash(row) or 1 if any(row) else 0 for row in self.media_names()))
         return self._media_keys[index]
+
+    def media_kinds(self, index: int) -> int:
+        """Which kinds of media a sample has: 1 for pictures, 2 for films, 4 for recordings, or their sum."""
+        if self._media_kinds is None:
+            kinds = (sum(bool(names) << bit for bit, names in enumerate(row)) for row in self.media_names())
+            self._media_kinds = array("b", kinds)
+        return self._media_kinds[index]
+
+    def media_names(self) -> Iterator[tuple[tuple[str, ...], ...]]:
+        """Of each sample in order, the names of its pictures, films and recordings."""
+        columns = ["images", "videos", "audios"]
+        rows = self._rows.select_columns(columns)
+        # Many at once: a row by itself takes as long as a hundred of them.
+        for start in range(0, len(rows), _WINDOW):
+            window = rows[start : start + _WINDOW]
+            yield from zip(*(map(tuple, window[name]) for name in columns), strict=True)
 
     def lengths(self, epoch: int = 0) -> Lengths:
         """How long its samples are in tokens (see `sample_lengths`), in every epoch; measured once a file.

@@ -233,6 +233,11 @@ class MixedDataset(Dataset[Encoded]):
         key = self.parts[number].dataset.media_key(row)
         return (key and hash((number, key))) or 0
 
+    def media_kinds(self, index: int) -> int:
+        """Which kinds of media a sample has: 1 for pictures, 2 for films, 4 for recordings, or their sum."""
+        number, row = self.place(index)
+        return self.parts[number].dataset.media_kinds(row)
+
     def lengths(self, epoch: int = 0) -> Lengths:
         """How long the samples of an epoch (from 0) are in tokens, see `sample_lengths`; whichever epoch it is now.
 

@@ -26,6 +26,7 @@ from mmpeft.data.types import PLACEHOLDERS, WORDS, Media, Question, Turn
 from mmpeft.evaluation.decode import Decoder, Work, obstacle, placed
 from mmpeft.evaluation.shared_media import SharedMedia
 from mmpeft.models.linear_patches import patches_linear
+from mmpeft.models.npu_kernels import npu_kernels_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,11 +317,11 @@ def _text(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and gradients, in one precision, and with patches projected as in training."""
+    """Without dropout and gradients, in one precision, and by the matrix products and kernels of training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), patches_linear(model), _one_precision(model):
+        with torch.no_grad(), patches_linear(model), npu_kernels_on(model), _one_precision(model):
             yield
     finally:
         for module, training in modes:

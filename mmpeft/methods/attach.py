@@ -19,6 +19,7 @@ from mmpeft.families.spec import FamilySpec
 from mmpeft.methods.lora import lora_config
 from mmpeft.methods.plan import base_name
 from mmpeft.methods.readable import stored_modules
+from mmpeft.models.base import quantized_as
 
 
 def get_peft_model(
@@ -172,6 +173,11 @@ def _check_part_exists(model: PreTrainedModel, spec: FamilySpec, part: Part) -> 
 
 def _train_in_place(model: PreTrainedModel, spec: FamilySpec, parts: Mapping[Part, PartTraining]) -> PreTrainedModel:
     mixed = [part for part in PARTS if isinstance(parts[part], dict)]
+    if method := quantized_as(model.config):
+        raise RecipeError(
+            f"train: a tower or the language model is `full`, and the model's weights are quantized ({method}); train "
+            "the model that it was made from, or an adapter"
+        )
     if mixed:
         full = [part for part in PARTS if parts[part] == "full"]
         raise RecipeError(

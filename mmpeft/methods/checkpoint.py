@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mmpeft.config.train import PartTraining, changes_base
-from mmpeft.core.errors import AdapterError
+from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json, whole_directory, write_json
 from mmpeft.methods.readable import renamed, stored_modules
+from mmpeft.models.base import quantized_as
 from mmpeft.models.load import FACTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -156,9 +157,15 @@ def save_model(
     """Write an ordinary Hugging Face model directory, with the processor; whole or not at all.
 
     Raises:
+        ModelError: the model was read from int8 (compressed-tensors), which transformers turns into 16 bits as it runs.
         OutputError: the place cannot be written; a model that stood there is then still whole.
     """
     path = Path(path)
+    if quantized_as(model.config) == "compressed-tensors":
+        raise ModelError(
+            f"{path}: {type(model).__name__} was read from int8 and is no longer that in memory; copy the directory "
+            "that it was read from"
+        )
     with whole_directory(path) as folder:
         model.save_pretrained(folder)
         if processor is not None:

@@ -237,7 +237,7 @@ def lora_config(model: nn.Module, spec: FamilySpec, train: Mapping[Part, Any], *
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,
-            target_modules=_targets(model, [name for part in parts for name in names[part]]),
+            target_modules=target_modules(model, [name for part in parts for name in names[part]]),
             target_parameters=[name for part in parts for name in experts[part]] or None,
             modules_to_save=saved or None,
             rank_pattern=ranks,
@@ -253,8 +253,8 @@ def _experts(model: nn.Module, spec: FamilySpec, part: Part, fields: Mapping[str
     return _in_layers(names, part, fields, spec) if names else names
 
 
-def _targets(model: nn.Module, names: list[str]) -> str | list[str]:
-    """The names as a pattern where PEFT keeps one, else one by one."""
+def target_modules(model: nn.Module, names: list[str]) -> str | list[str]:
+    """What `peft.LoraConfig` takes for these modules: a pattern where PEFT keeps one, else the names one by one."""
     if not names:
         return NO_TARGETS
     pattern = names_to_regex(names)

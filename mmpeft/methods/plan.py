@@ -107,8 +107,14 @@ def _count(model: nn.Module, spec: FamilySpec) -> dict[Part, tuple[int, int, boo
         base, trainable, adapted = counts[part]
         added = ".lora_" in name or ".modules_to_save." in name
         counts[part] = (
-            base + (0 if added else parameter.numel()),
-            trainable + (parameter.numel() if parameter.requires_grad else 0),
+            base + (0 if added else _count_weights(parameter)),
+            trainable + (_count_weights(parameter) if parameter.requires_grad else 0),
             adapted or added,
         )
     return counts
+
+
+def _count_weights(parameter: nn.Parameter) -> int:
+    """Also of one of which this process has a share, or, under ZeRO-3, nothing by itself."""
+    found = getattr(parameter, "whole_numel", None) or getattr(parameter, "ds_numel", None)
+    return int(found or parameter.numel())

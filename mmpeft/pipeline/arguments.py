@@ -15,6 +15,7 @@ from mmpeft.config.names import did_you_mean
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
+from mmpeft.pipeline.strategy import forget_strategy, pick_strategy, strategy_arguments
 
 MICRO_LIMIT = 16
 """Most samples that go through the model at once unless the recipe says otherwise."""
@@ -35,8 +36,28 @@ class Batch:
     tokens: int | None = None
 
 
+def data_processes(stage: StageConfig, processes: int) -> int:
+    """How many of a stage's processes, or groups of them, take samples of their own.
+
+    Raises:
+        RecipeError: they do not come out even in groups of `tensor_parallel`.
+    """
+    degree = stage.distributed.tensor_parallel
+    if processes == 1:
+        return 1
+    if processes % degree:
+        raise RecipeError(
+            f"stages.{stage.name}.distributed.tensor_parallel: {processes} processes do not make groups of {degree}; "
+            f"use a divisor of {processes}"
+        )
+    return processes // degree
+
+
 def plan_batch(recipe: Recipe, processes: int) -> Batch:
     """Cut the recipe's global batch into micro-batches.
+
+    Args:
+        processes: that take samples of their own.
 
     Raises:
         RecipeError: it cannot be cut evenly; the message names sizes that can.
@@ -53,7 +74,9 @@ def plan_batch(recipe: Recipe, processes: int) -> Batch:
             f"batch.micro: {micro} does not divide the {share} samples that each of {processes} process(es) takes a "
             f"step; use one of {', '.join(map(str, fitting))}"
         )
-    return Batch(size=size, micro=micro, accumulation=share // micro, processes=processes, tokens=recipe.batch.tokens)
+    # How many `auto` is, `mmpeft.pipeline.budget` says once the stage has been rehearsed.
+    tokens = None if recipe.batch.tokens == "auto" else recipe.batch.tokens
+    return Batch(size=size, micro=micro, accumulation=share // micro, processes=processes, tokens=tokens)
 
 
 def count_steps(stage: StageConfig, samples: int | None, size: int) -> int:
@@ -103,6 +126,8 @@ def training_arguments(
         "fp16": dtype == torch.float16,
         "dataloader_pin_memory": device != "cpu",
         "dataloader_persistent_workers": recipe.data.workers != 0,
+        # Those of such models are the same everywhere.
+        "ddp_broadcast_buffers": False,
         "run_name": f"{recipe.output.name}-{stage.name}",
         # False would take the place of its old name, gradient_checkpointing, in a `trainer` block.
         **({"activation_checkpointing": True} if recipe.compute.checkpointing is True else {}),
@@ -122,7 +147,7 @@ def training_arguments(
         "dataloader_num_workers": 1 if recipe.data.workers == "auto" else recipe.data.workers,
     }
     try:
-        args = TrainingArguments(**{**defaults, **stage.trainer, **owned})
+        args = TrainingArguments(**{**defaults, **strategy_arguments(pick_strategy(stage)), **stage.trainer, **owned})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"stages.{stage.name}.trainer: {error}") from error
     _check_libraries(stage, args)
@@ -149,13 +174,19 @@ def _check_libraries(stage: StageConfig, args: TrainingArguments) -> None:
             raise RecipeError(f"{key}.optim: {error}") from error
 
 
-def check_trainer_blocks(recipe: Recipe, samples: int | None) -> None:
+def check_trainer_blocks(recipe: Recipe, samples: int | None, *, training: bool = True) -> None:
     """Find before anything is trained what `training_arguments` would refuse in a later stage.
+
+    Args:
+        training: whether these processes will train the stages; a plan's need no launcher for what is offloaded.
 
     Raises:
         RecipeError: see `training_arguments`.
     """
-    batch = plan_batch(recipe, PartialState().num_processes)
     for stage in recipe.stages:
+        if not training:
+            stage = stage.model_copy(update={"distributed": stage.distributed.model_copy(update={"offload": "none"})})
+        batch = plan_batch(recipe, data_processes(stage, PartialState().num_processes))
         steps = count_steps(stage, samples, batch.size)
         training_arguments(recipe, stage, output=recipe.output, batch=batch, steps=steps, dtype=torch.float32)
+    forget_strategy()

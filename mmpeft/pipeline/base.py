@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -11,7 +12,9 @@ from mmpeft.config.recipe import ComposeConfig, Recipe
 from mmpeft.core.files import read_json
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.compose import compose_model
+from mmpeft.models.devices import pick_dtype
 from mmpeft.models.load import FACTS_NAME, auto_class
+from mmpeft.pipeline.facts import versions
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +42,29 @@ def resolve_base(recipe: Recipe, folder: Path, input_hash: str) -> str:
             seed=recipe.seed,
             trust_remote_code=recipe.trust_remote_code,
         )
-        save_model(model, folder, processor=processor, facts={"input_hash": input_hash})
+        save_model(model, folder, processor=processor, facts=facts_of_composed(recipe, input_hash))
         logger.info("composed %s in %s", type(model).__name__, folder)
     state.wait_for_everyone()
     return str(folder.resolve())
+
+
+def facts_of_composed(recipe: Recipe, input_hash: str) -> dict[str, Any]:
+    """mmpeft.json of a composed model: what it was made of, and with."""
+    known = versions()
+    composed = recipe.model.model_dump(mode="json") if isinstance(recipe.model, ComposeConfig) else None
+    return {"input_hash": input_hash, "mmpeft_version": known["mmpeft"], "composed": composed, "versions": known}
+
+
+def base_precision(recipe: Recipe, base: str) -> torch.dtype:
+    """The precision that a base model is loaded in, on the device of this process."""
+    dtype = pick_dtype(recipe.dtype, PartialState().device)
+    return dtype if isinstance(dtype, torch.dtype) else stored_precision(recipe, base)
+
+
+def stored_precision(recipe: Recipe, base: str) -> torch.dtype:
+    """The precision of a base model's weights on disk, as its configuration has it."""
+    config = AutoConfig.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
+    return config.dtype or torch.float32
 
 
 def skeleton(base: str, *, trust_remote_code: bool) -> PreTrainedModel:

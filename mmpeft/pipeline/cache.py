@@ -16,7 +16,7 @@ from mmpeft.data.feature_store import Entry
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.models.devices import pick_device
 from mmpeft.models.load import load_processor
-from mmpeft.pipeline.arguments import count_steps, plan_batch
+from mmpeft.pipeline.arguments import count_steps, data_processes, plan_batch
 from mmpeft.pipeline.base import resolve_base
 from mmpeft.pipeline.cutting import measure
 from mmpeft.pipeline.data import TrainData, load_train, one_of_each_media, parts_of
@@ -119,7 +119,7 @@ def _prepared(recipe: Recipe, index: int, stage: StageConfig) -> tuple[Multimoda
         measure(recipe, dataset)
     assert not isinstance(dataset, Stream)
     prepared = prepare_stage(recipe, stage, StageStart(base=base, carried={}), seed=recipe.seed)
-    batch = plan_batch(recipe, state.num_processes)
+    batch = plan_batch(recipe, data_processes(stage, state.num_processes))
     trainer = make_trainer(
         recipe,
         stage,

@@ -1,5 +1,6 @@
 """A recipe's `compute` block on a stage's model: what is switched on, and what it spared."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -7,18 +8,21 @@ from transformers import TrainingArguments
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.speed import Speedup
-from mmpeft.models.compiled import layer_parameters, uncompilable
+from mmpeft.models.base import base_of
+from mmpeft.models.compiled import layer_count, layer_parameters, uncompilable
+from mmpeft.models.dimensions import cache_bytes
 from mmpeft.models.head_loss import AUTO_ENTRIES, HeadFigures, unchunkable
-from mmpeft.training.computing import Compute
+from mmpeft.training.computing import Compute, weights_spread
 from mmpeft.training.trainer import MultimodalTrainer
 
 FLOAT32 = 4
 """Bytes of a logit where its loss is computed."""
 
 
-TWENTY_MINUTES = {"cpu": 4e14, "cuda": 1e17}
-"""Floating-point operations that a device does in about as long, at 0.3 and 100 TFLOP/s: compiling layers takes up to
-a minute and spares about a fifth of what comes after."""
+WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e17}
+"""Floating-point operations of a stage from which compiling its layers pays: five minutes at 0.3 TFLOP/s, where it was
+measured to take half a minute and to spare a fifth to a third of what comes after; on CUDA, where it was not,
+seventeen at 100."""
 
 SAMPLE_TOKENS = 256
 """Tokens of a sample, where nobody has counted."""
@@ -35,7 +39,7 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
     """
     switch = recipe.compute.chunked_loss
     obstacle = unchunkable(model)
-    if switch is True and not obstacle and (args.deepspeed or args.fsdp):
+    if switch is True and not obstacle and weights_spread(model, args):
         obstacle = "the head's weights are spread over processes"
     if switch is True and obstacle:
         raise RecipeError(f"compute.chunked_loss: {obstacle}; leave it out")
@@ -49,6 +53,8 @@ def plan_compute(recipe: Recipe, model: Any, args: TrainingArguments, *, samples
         spare_cache=recipe.compute.spare_cache,
         spare_mask=recipe.compute.spare_mask,
         linear_patches=recipe.compute.linear_patches,
+        npu_kernels=recipe.compute.npu_kernels,
+        copy_ahead=recipe.compute.copy_ahead,
         recompute=recipe.compute.checkpointing == "auto",
     )
 
@@ -66,7 +72,7 @@ def why_uncompiled(recipe: Recipe, model: Any, args: TrainingArguments, *, sampl
         "layers run twice with activation checkpointing"
         if args.activation_checkpointing
         else "weights are spread over processes"
-        if args.deepspeed or args.fsdp
+        if weights_spread(model, args)
         else uncompilable(model, device)
     )
     if switch is True:
@@ -76,7 +82,7 @@ def why_uncompiled(recipe: Recipe, model: Any, args: TrainingArguments, *, sampl
     if obstacle or not args.bf16 or args.world_size > 1:
         return obstacle or ("it pays in bfloat16 only" if not args.bf16 else "it was tested on one process")
     work = 6.0 * layer_parameters(model) * SAMPLE_TOKENS * samples
-    if work < TWENTY_MINUTES.get(device, float("inf")):
+    if work < WORTH_COMPILING.get(device, float("inf")):
         return f"{samples:,} samples are too few for what compiling takes"
     return None
 
@@ -89,8 +95,14 @@ def supervised_only(recipe: Recipe, model: Any, args: TrainingArguments) -> bool
     return True if unchunkable(model) is None else None
 
 
-def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int) -> list[Speedup]:
-    """What the block spared a stage that has trained on so many samples."""
+def compute_speedups(
+    recipe: Recipe, trainer: MultimodalTrainer, *, samples: int, relief: Sequence[str] = ()
+) -> list[Speedup]:
+    """What the block spared a stage that has trained on so many samples.
+
+    Args:
+        relief: what was changed from its beginning, for memory did not suffice before.
+    """
     compiled = trainer.computing.compute.compile
     why = "" if compiled else why_uncompiled(recipe, trainer.model, trainer.args, samples=samples)
     head = trainer.computing.head or HeadFigures()
@@ -103,9 +115,16 @@ def compute_speedups(recipe: Recipe, trainer: MultimodalTrainer, *, samples: int
         _cache(recipe, trainer),
         _mask(trainer),
         _patches(recipe, trainer),
+        _npu_kernels(trainer),
+        _copies(trainer),
         _liger(recipe, head),
-        Speedup(name="compute.compile", on=compiled, why=why or "layers run compiled"),
-        _checkpointing(recipe, trainer),
+        Speedup(
+            name="compute.compile",
+            on=compiled,
+            why=why or "layers run compiled",
+            saved={"layers run one operation at a time": float(trainer.computing.compiled)} if compiled else {},
+        ),
+        _checkpointing(trainer, relief),
     ]
 
 
@@ -169,13 +188,18 @@ def _fused(trainer: MultimodalTrainer) -> Speedup:
 
 def _blocked(trainer: MultimodalTrainer) -> Speedup:
     why = trainer.computing.why_unblocked()
-    return Speedup(name="compute.block_attention", on=why is None, why=why or "a row's attention is computed at once")
+    name, segments = "compute.block_attention", float(trainer.computing.segments * layer_count(trainer.model))
+    if why is not None:
+        return Speedup(name=name, on=False, why=why)
+    saved = {"attentions of a sample by itself": segments}
+    return Speedup(name=name, on=True, why="a row's attention is computed at once", saved=saved)
 
 
 def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
     name = "compute.spare_cache"
     if trainer.computing.spares_cache():
-        return Speedup(name=name, on=True, why="training reads no keys and values of earlier forwards")
+        saved = {"bytes": float(cache_bytes(trainer.model, trainer.computing.most_tokens, _activations(trainer)))}
+        return Speedup(name=name, on=True, why="training reads no keys and values of earlier forwards", saved=saved)
     asked = recipe.compute.spare_cache
     why = "models of this type were not tested with it" if asked else "compute.spare_cache is false"
     return Speedup(name=name, on=False, why=why)
@@ -183,7 +207,11 @@ def _cache(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
 
 def _mask(trainer: MultimodalTrainer) -> Speedup:
     why = trainer.computing.why_masked()
-    return Speedup(name="compute.spare_mask", on=why is None, why=why or "no token sees the padding behind it")
+    name = "compute.spare_mask"
+    if why is not None:
+        return Speedup(name=name, on=False, why=why)
+    saved = {"entries of masks": float(trainer.computing.mask_entries)}
+    return Speedup(name=name, on=True, why="no token sees the padding behind it", saved=saved)
 
 
 def _patches(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
@@ -196,11 +224,48 @@ def _patches(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
     return Speedup(name=name, on=False, why=why)
 
 
-def _checkpointing(recipe: Recipe, trainer: MultimodalTrainer) -> Speedup:
+def _npu_kernels(trainer: MultimodalTrainer) -> Speedup:
+    name, fused = "compute.npu_kernels", trainer.computing.npu
+    if not fused.total:
+        why = trainer.computing.why_no_npu_kernels() or "no module computes what the fused operators do"
+        return Speedup(name=name, on=False, why=why)
+    saved = {"norms": fused.norms, "gated activations": fused.activations, "rotary positions": fused.rotations}
+    return Speedup(
+        name=name,
+        on=True,
+        why="Ascend's fused operators compute norms, gated activations and rotary positions",
+        saved={f"{kind} of several operations": float(count) for kind, count in saved.items() if count},
+    )
+
+
+def _copies(trainer: MultimodalTrainer) -> Speedup:
+    name, count = "compute.copy_ahead", trainer.copied_ahead
+    if not count:
+        why = trainer.computing.why_not_copied_ahead() or "batches came to the device by other ways"
+        return Speedup(name=name, on=False, why=why)
+    why = "micro-batches go to the device on a stream of their own"
+    return Speedup(name=name, on=True, why=why, saved={"copies that computing waited for": float(count)})
+
+
+def _activations(trainer: MultimodalTrainer) -> int:
+    """Bytes of a number in a forward."""
+    halved = trainer.args.bf16 or trainer.args.fp16
+    return 2 if halved else base_of(trainer.model).dtype.itemsize
+
+
+def _checkpointing(trainer: MultimodalTrainer, relief: Sequence[str]) -> Speedup:
     name, recompute = "compute.checkpointing", trainer.computing.recompute
+    if relief:
+        return Speedup(name=name, on=True, why=f"memory did not suffice before: {', '.join(relief)}")
     if trainer.args.activation_checkpointing:
         return Speedup(name=name, on=True, why="it was asked for")
-    if recompute.count:
-        why = f"memory did not suffice until {recompute.count} of {recompute.total} layers were computed again"
-        return Speedup(name=name, on=True, why=why, saved={"layers' activations": float(recompute.count)})
+    done = [
+        *([f"micro-batches were cut into {recompute.parts}"] if recompute.parts > 1 else []),
+        *([f"{recompute.count} of {recompute.total} layers were computed again"] if recompute.count else []),
+        *(["activations waited in host memory"] if recompute.offloads else []),
+    ]
+    if done:
+        saved = {"layers' activations": float(recompute.count)} if recompute.count else {}
+        why = f"memory did not suffice until {' and '.join(done)}"
+        return Speedup(name=name, on=True, why=why, saved=saved)
     return Speedup(name=name, on=False, why=trainer.computing.why_not_recomputed() or "memory sufficed without it")

@@ -39,8 +39,9 @@ def measure(recipe: Recipe, dataset: TrainData) -> None:
     """
     if not cuts_by_cost(recipe, dataset):
         return
+    budget = None if recipe.batch.tokens == "auto" else recipe.batch.tokens
     for part in parts_of(dataset):
-        _check_budget(part, recipe.batch.tokens)
+        _check_budget(part, budget)
 
 
 def _check_budget(dataset: Any, budget: int | None) -> None:
@@ -83,6 +84,7 @@ def plan_cut(
     if not cuts_by_cost(recipe, dataset) or args.train_sampling_strategy not in ("random", "sequential"):
         return None
     share = packs and recipe.batch.share_media
+    budget = None if recipe.batch.tokens == "auto" else recipe.batch.tokens
     order = Steps(
         lengths=dataset.lengths,
         samples=len(dataset),
@@ -93,14 +95,14 @@ def plan_cut(
         longest_first=recipe.batch.balance,
     )
     bounds = Bounds(
-        tokens=recipe.batch.tokens,
-        samples=None if recipe.batch.tokens is not None else batch.micro,
+        tokens=budget,
+        samples=None if budget is not None else batch.micro,
         packed=packs,
         share=share,
         spread=recipe.batch.balance,
     )
     accumulation = batch.accumulation
-    if recipe.batch.tokens is not None:
+    if budget is not None:
         epochs = math.ceil(steps / len(order))
         # A feature cache may spare the towers; how many micro-batches a step has is settled before that is known.
         possible = {costs} if recipe.data.cache.features is False else {costs, without_towers(costs)}

@@ -29,6 +29,11 @@ class StageDirectory:
         return self.path / "checkpoints"
 
     @property
+    def relief(self) -> Path:
+        """What the stage does otherwise than its recipe says, for memory did not suffice."""
+        return self.path / "relief.json"
+
+    @property
     def metrics(self) -> Path:
         """One line of JSON a logged step."""
         return self.path / "metrics.jsonl"

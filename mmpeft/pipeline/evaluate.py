@@ -17,6 +17,7 @@ from mmpeft.evaluation.decode import Work
 from mmpeft.evaluation.generate import answer_questions
 from mmpeft.evaluation.metrics import load_metric
 from mmpeft.evaluation.scores import score_answers
+from mmpeft.models.sharded import is_sharded
 
 
 def evaluate_model(
@@ -58,7 +59,9 @@ def evaluate_model(
     state = PartialState()
     start = time.perf_counter()
     questions = dataset.questions()[:limit]
-    mine = range(state.process_index, len(questions), state.num_processes)
+    # Processes that have but shares of the model run in step: on the same questions.
+    together = is_sharded(model)
+    mine = range(0 if together else state.process_index, len(questions), 1 if together else state.num_processes)
     answers = answer_questions(
         model,
         processor,
@@ -71,7 +74,7 @@ def evaluate_model(
         on_batch=on_batch,
     )
     pairs, shares = list(zip(mine, answers.texts, strict=True)), [answers.work]
-    if state.num_processes > 1:
+    if state.num_processes > 1 and not together:
         pairs, shares = gather_object(pairs), gather_object(shares)
     work = Work.total(shares)
     ordered = [text for _, text in sorted(pairs)]
@@ -86,4 +89,4 @@ def evaluate_with(
     config: EvaluateConfig, model: Any, processor: Any, dataset: MultimodalDataset, **options: Any
 ) -> dict[str, Any]:
     """`evaluate_model` as a recipe's `evaluate` block says."""
-    return evaluate_model(model, processor, dataset, **config.model_dump(), **options)
+    return evaluate_model(model, processor, dataset, **config.model_dump(exclude={"share_weights"}), **options)

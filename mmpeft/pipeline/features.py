@@ -14,7 +14,10 @@ from mmpeft.data.augment import varies_media
 from mmpeft.data.cache_pays import CacheCase, cache_pays
 from mmpeft.data.feature_store import FeatureStore, default_directory
 from mmpeft.data.stream_mixture import Stream
+from mmpeft.families.registry import family_of
+from mmpeft.models.base import base_of
 from mmpeft.models.features import FeaturePlan, Unplanned, plan_features
+from mmpeft.models.feeding import projector_modules
 from mmpeft.models.resting import RestingTowers
 from mmpeft.pipeline.cutting import without_towers
 from mmpeft.pipeline.data import TrainData, one_of_each_media
@@ -41,7 +44,7 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
         Why it is on or off, in one sentence.
     """
     plan = stage_plan(recipe, stage, trainer.model)
-    obstacle = plan.reason if isinstance(plan, Unplanned) else _obstacle(recipe, trainer.args)
+    obstacle = plan.reason if isinstance(plan, Unplanned) else _obstacle(recipe, stage, trainer)
     if obstacle or isinstance(plan, Unplanned):
         dataset.keep_features(None)
         return obstacle or ""
@@ -52,6 +55,8 @@ def keep_features(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer
     if not on:
         dataset.keep_features(None)
         return why
+    if stage.train.get("projector", "frozen") == "frozen" and any(map(_trains_cached_projector, recipe.stages)):
+        why += "; the projector runs each time, for it is frozen in this stage and trained in another"
     trainer.take_features(cache)
     if cache.towers is not None and _found(trainer, dataset):
         # The first update is the largest: towers are out of memory before it.
@@ -65,9 +70,29 @@ def stage_plan(recipe: Recipe, stage: StageConfig, model: Any) -> FeaturePlan | 
     """What of a stage's model can be kept; cut alike in all stages, so that one stage finds what another kept."""
     train: dict[Part, Any] = dict(stage.train)
     for other in recipe.stages:
-        if other.train.get("projector", "frozen") != "frozen" and _towers_frozen(other):
+        if _trains_cached_projector(other):
             train["projector"] = other.train["projector"]
     return plan_features(model, train)
+
+
+def expects_features(recipe: Recipe, stage: StageConfig, model: Any, dataset: TrainData) -> bool:
+    """Whether a stage will keep features, as far as that can be told before a tower has run.
+
+    What `auto` asks of the disk, and of features that earlier runs have kept, is not asked.
+    """
+    switch = recipe.data.cache.features
+    varied = varies_media(recipe.data.augment)
+    if switch is False or varied or isinstance(stage_plan(recipe, stage, model), Unplanned):
+        return False
+    if switch is True or isinstance(dataset, Stream):
+        return bool(switch is True)
+    shown = _epochs(recipe, len(dataset)) * _with_media(dataset)
+    return shown > len(one_of_each_media(dataset)) > 0
+
+
+def _trains_cached_projector(stage: StageConfig) -> bool:
+    """Whether a stage trains the projector behind towers whose outputs are kept."""
+    return stage.train.get("projector", "frozen") != "frozen" and _towers_frozen(stage)
 
 
 def feature_speedup(trainer: MultimodalTrainer, why: str) -> Speedup:
@@ -92,11 +117,13 @@ def feature_speedup(trainer: MultimodalTrainer, why: str) -> Speedup:
     )
 
 
-def _obstacle(recipe: Recipe, args: TrainingArguments) -> str | None:
+def _obstacle(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer) -> str | None:
     if varies_media(recipe.data.augment):
         return "data.augment varies pictures from epoch to epoch"
-    if args.fsdp or args.deepspeed:
-        return "the model is spread over processes, and a tower cannot run there by itself"
+    plugin, base = trainer.args.deepspeed_plugin, base_of(trainer.model)
+    shared_out = plugin is not None and plugin.zero_stage == 3 and stage.train.get("projector", "frozen") != "frozen"
+    if shared_out and len(projector_modules(base, family_of(base))) > 1:
+        return "the projector runs in the middle of the tower, and ZeRO-3 has shared it out"
     return None
 
 
@@ -143,7 +170,8 @@ def _towers_rest(recipe: Recipe, stage: StageConfig, trainer: MultimodalTrainer,
     """Whether a stage finds most features kept: because it shows its media more than once, or by runs before it."""
     media = len(one_of_each_media(dataset))
     again = 2 * media <= _passes(recipe, stage, len(dataset)) * _with_media(dataset)
-    return again or _found(trainer, dataset)
+    # Steps that are cut in another way sum in another order.
+    return again or (not recipe.deterministic and _found(trainer, dataset))
 
 
 def _with_media(dataset: Any) -> int:

@@ -70,16 +70,16 @@ def data_hash(dataset: TrainData) -> str:
     if isinstance(dataset, StreamingDataset):
         return hash_value([dataset.fingerprint, dataset.on_error, asdict(dataset.limits), *varied])
     media = {}
-    for index in range(len(dataset)):
-        for name in chain.from_iterable(dataset.sample(index).media.values()):
+    for names in dataset.media_names():
+        for name in chain.from_iterable(names):
             # What lies in a data: URL is part of the file's own content.
             if name not in media and not name.startswith("data:"):
-                stat = _file_of(name, dataset.media_root).stat()
+                stat = file_of(name, dataset.media_root).stat()
                 media[name] = [stat.st_size, stat.st_mtime_ns]
     return hash_value([dataset.fingerprint, media, len(dataset), asdict(dataset.limits), *varied])
 
 
-def _file_of(name: str, root: Path) -> Path:
+def file_of(name: str, root: Path) -> Path:
     """The file that holds a medium: itself, or the container that it is a member of; neither is opened."""
     plain = root / name
     if plain.is_file():
@@ -95,7 +95,8 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
         {
             "before": before,
             "data": data,
-            "stage": stage.model_dump(mode="json"),
+            # The losses are the same however the processes share the work.
+            "stage": stage.model_dump(mode="json", exclude={"distributed"}),
             "max_length": recipe.data.max_length,
             "max_pixels": recipe.data.max_pixels,
             "batch": recipe.batch.size,
@@ -110,6 +111,6 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
 
 def evaluation_hash(recipe: Recipe, *, data: str, model: str) -> str:
     """Of one evaluation: `model` is the hash of the stage, or base model, that answers."""
-    # Answers are the same with and without `share_media`.
-    wanted = recipe.evaluate.model_dump(mode="json", exclude={"share_media"})
+    # Answers are the same with and without them.
+    wanted = recipe.evaluate.model_dump(mode="json", exclude={"share_media", "share_weights"})
     return hash_value([wanted, recipe.data.max_pixels, data, model])

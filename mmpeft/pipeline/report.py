@@ -64,7 +64,7 @@ def render_report(record: RunRecord) -> str:
 
 def _content(record: RunRecord) -> dict[str, Any]:
     evaluations = record.evaluations
-    metric = _leading_metric(evaluations)
+    metric = leading_metric(evaluations)
     return {
         "record": record,
         "name": record.path.resolve().name,
@@ -75,13 +75,14 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "metrics": _metric_names(evaluations),
         "kinds": _kinds(evaluations),
         "labels": {name: _label(name) for name, _ in evaluations},
-        "accuracy": _accuracy_chart(evaluations, metric),
+        "accuracy": accuracy_chart(evaluations, metric),
         "accuracy_legend": legend((_label(name), style) for name, style in _styles(evaluations)),
         "most_kinds": MOST_KINDS,
         "gallery": _gallery(record, metric),
-        "loss": _loss_chart(record.stages),
+        "loss": loss_chart(record.stages),
         "rates": _rate_chart(record.stages),
         "rates_legend": legend((name, f"p-{name}") for name in _parts_with_rates(record.stages)),
+        "memories": _memories(record),
         "speedups": _speedups(record),
         "loading": _loading(record),
         "metric_title": units.metric_title,
@@ -108,7 +109,8 @@ def _metric_names(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> list[
     return list(dict.fromkeys(name for _, entry in evaluations for name in entry.get("metrics") or {}))
 
 
-def _leading_metric(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def leading_metric(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The metric that charts and tiles show."""
     names = _metric_names(evaluations)
     return "exact_match" if "exact_match" in names or not names else names[0]
 
@@ -195,6 +197,12 @@ def _speedups(record: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
     ]
 
 
+def _memories(record: RunRecord) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Of each stage that has a plan of its memory: the plan, and what was measured; {} where it has not run."""
+    named = [(stage.name, stage.plan.get("memory"), stage.figures.get("memory") or {}) for stage in record.stages]
+    return [(name, plan, found) for name, plan, found in named if plan]
+
+
 def _amounts(saved: Mapping[str, float]) -> str:
     """`1.24 M tokens, 12 s`; a dash where nothing was saved."""
     return ", ".join(_amount(unit, value) for unit, value in saved.items()) or "-"
@@ -229,7 +237,8 @@ def _score_tile(evaluations: Sequence[tuple[str, Mapping[str, Any]]], metric: st
     return [Tile(label=f"{units.metric_title(metric)} on held-out questions, {when}", value=value, note=note)]
 
 
-def _accuracy_chart(evaluations: Sequence[tuple[str, Mapping[str, Any]]], metric: str) -> Markup:
+def accuracy_chart(evaluations: Sequence[tuple[str, Mapping[str, Any]]], metric: str) -> Markup:
+    """Bars of a metric by kind of question, before and after each stage."""
     entries = dict(evaluations)
     styles = _styles(evaluations)
     kinds = _kinds(evaluations)
@@ -284,7 +293,8 @@ def _bands(stages: Sequence[StageRecord]) -> list[Band]:
     ]
 
 
-def _loss_chart(stages: Sequence[StageRecord]) -> Markup:
+def loss_chart(stages: Sequence[StageRecord]) -> Markup:
+    """The loss by step, all stages one after the other."""
     raw, smoothed, ends = [], [], []
     for stage, done in _offsets(stages):
         points = [(done + row["step"], row["loss"]) for row in stage.metrics if is_finite(row.get("loss"))]

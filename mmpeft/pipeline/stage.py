@@ -16,10 +16,12 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from mmpeft.config.distributed import SHARED_OUT, ZERO
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
 from mmpeft.core.errors import OutputError, RunInterrupted
-from mmpeft.core.memory import peak_memory_bytes
+from mmpeft.core.memory import latest_peak_bytes, peak_memory_bytes, returning_memory
+from mmpeft.core.speed import Speedup
 from mmpeft.core.types import Part
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import MultimodalDataset
@@ -35,9 +37,12 @@ from mmpeft.methods.checkpoint import (
 )
 from mmpeft.methods.plan import TrainingPlan, describe_training
 from mmpeft.models.load import load_model
+from mmpeft.models.sharded import is_sharded, place_whole
+from mmpeft.models.tensor_parallel import share_adapters
 from mmpeft.pipeline.arguments import (
     Batch,
     count_steps,
+    data_processes,
     learning_rates,
     plan_batch,
     training_arguments,
@@ -47,16 +52,26 @@ from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cu
 from mmpeft.pipeline.data import TrainData, count_samples
 from mmpeft.pipeline.directory import StageDirectory
 from mmpeft.pipeline.features import feature_speedup, keep_features
+from mmpeft.pipeline.memory_plan import compared
 from mmpeft.pipeline.packing import packing_obstacle, packing_speedups, packs_rows
+from mmpeft.pipeline.relief import Attempt, Relief
+from mmpeft.pipeline.strategy import forget_strategy, loading, pick_strategy
 from mmpeft.pipeline.tokens import KeptTokens
 from mmpeft.pipeline.workers import set_workers, worker_speedup
 from mmpeft.training.callbacks import MetricsFile, StopOnInterrupt
 from mmpeft.training.main_process import on_main
 from mmpeft.training.progress import ProgressDisplay
-from mmpeft.training.resume import last_checkpoint
+from mmpeft.training.recompute import advising
+from mmpeft.training.resume import check_writers, last_checkpoint
+from mmpeft.training.shares import adapter_parameters, gathered, keep_whole
 from mmpeft.training.trainer import MultimodalTrainer
 
 logger = logging.getLogger(__name__)
+
+UPDATE_ADVICE = (
+    "memory does not suffice for an update: use trainer: {optim: adamw_bnb_8bit}, distributed: {strategy: zero2, "
+    "offload: optimizer}, or a LoRA of smaller r; `mmpeft plan` says what each would save"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +106,42 @@ class PreparedStage:
     initial: InitialLora | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedMemory:
+    """What a stage's memory is compared with when it has run.
+
+    Attributes:
+        plan: the stage's `memory` of plan.json.
+        before: bytes that the process had before the run's first model.
+        alone: whether the peak was forgotten when the stage began.
+    """
+
+    plan: Mapping[str, Any]
+    before: int
+    alone: bool
+
+    def compare(self, device_type: str) -> dict[str, Any]:
+        """Planned against measured, as stage.json holds it."""
+        peak = latest_peak_bytes(device_type)
+        return compared(self.plan, peak=peak, before=self.before, exact=self.alone)
+
+
 def prepare_stage(recipe: Recipe, stage: StageConfig, start: StageStart, *, seed: int) -> PreparedStage:
     """Load the base, carry the stage before over, and attach what this stage trains.
 
     Raises:
         RecipeError, AdapterError, ModelError: what the recipe asks does not fit the model.
     """
-    model, processor = load_model(
-        start.base,
-        device=str(PartialState().device),
-        dtype=recipe.dtype,
-        max_pixels=recipe.data.max_pixels,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    strategy = pick_strategy(stage)
+    with loading(strategy, recipe, start.base) as sharing:
+        model, processor = load_model(
+            start.base,
+            device=str(PartialState().device),
+            dtype=recipe.dtype,
+            max_pixels=recipe.data.max_pixels,
+            trust_remote_code=recipe.trust_remote_code,
+            sharing=sharing,
+        )
     base_dtype = model.dtype
     if start.adapter is not None and trains_tower(stage.train):
         model = PeftModel.from_pretrained(model, str(start.adapter)).merge_and_unload()
@@ -111,6 +149,12 @@ def prepare_stage(recipe: Recipe, stage: StageConfig, start: StageStart, *, seed
     prepared = get_peft_model(model, stage.train, carried=start.carried)
     if start.adapter is not None and isinstance(prepared, PeftModel):
         carry_over(prepared, start.adapter)
+    if strategy.strategy == "zero3":
+        keep_whole(prepared)
+    if is_sharded(prepared):
+        # PEFT puts an adapter beside the weight that it is for, which may wait in host memory.
+        place_whole(prepared, PartialState().device)
+    share_adapters(prepared)
     return PreparedStage(
         model=prepared,
         processor=processor,
@@ -131,6 +175,8 @@ def run_stage(
     state: Mapping[str, Any],
     resume: bool,
     console: Console,
+    relief: Relief,
+    memory: PlannedMemory | None = None,
 ) -> None:
     """Train a prepared stage and write its result, with `stage.json` telling how far it came.
 
@@ -138,23 +184,25 @@ def run_stage(
         held_out: what the Trainer evaluates on, where the stage's `trainer` block has an `eval_strategy`.
         state: what `stage.json` says beside status and figures: name, index, input hash.
         resume: go on from the newest whole checkpoint in `folder`, if there is one.
+        relief: what `recipe` and `stage` have been changed in, for memory did not suffice before.
+        memory: what was planned.
 
     Raises:
+        RunAgain, MemoryLackError: memory does not suffice, and processes wait for each other.
         RunInterrupted: Ctrl-C; a checkpoint has been written.
         OutputError: the result or a checkpoint could not be written.
     """
     main = PartialState().is_main_process
-    batch = plan_batch(recipe, PartialState().num_processes)
+    batch = plan_batch(recipe, data_processes(stage, PartialState().num_processes))
     steps = count_steps(stage, count_samples(dataset), batch.size)
     checkpoint, done = (on_main(lambda: last_checkpoint(folder.checkpoints)) if resume else None) or (None, None)
+    check_writers(checkpoint, zero=ZERO.get(pick_strategy(stage).strategy), processes=PartialState().num_processes)
     state = {**state, "status": "running", "resumed_from": done}
+    if checkpoint is not None:
+        console.print(f"  {stage.name}: goes on from step {done} of {steps}")
     PartialState().wait_for_everyone()
     if main:
-        if checkpoint is None:
-            remove_directory(folder.path)
-        else:
-            console.print(f"  {stage.name}: goes on from step {done} of {steps}")
-        folder.write_state(state)
+        _begin(folder, state, relief)
     interrupt = StopOnInterrupt(notify=console.print)
     display = ProgressDisplay(stage.name, console)
     trainer = make_trainer(recipe, stage, prepared, (dataset, held_out), folder=folder, batch=batch, steps=steps)
@@ -166,11 +214,13 @@ def run_stage(
         trainer.add_callback(callback)
     begin = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except BaseException:
+        with _giving_back(stage), advising(UPDATE_ADVICE):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except BaseException as error:
         if main:
             with contextlib.suppress(OutputError):
                 folder.write_state({**state, "status": "failed"})
+        Attempt(recipe=recipe, stage=stage, relief=relief, dataset=dataset, folder=folder).end(error, trainer)
         raise
     finally:
         display.close()
@@ -183,27 +233,45 @@ def run_stage(
             "its checkpoint is written, and the same command goes on from there"
         )
     figures = _figures(trainer, prepared.plan, seconds=time.perf_counter() - begin)
-    figures["speedups"] = [
-        asdict(speedup)
-        for speedup in (
-            *packing_speedups(
-                recipe.batch,
-                packing_obstacle(recipe, prepared.model, trainer.args),
-                tokens=trainer.tokens_trained,
-                computed=trainer.tokens_computed,
-                padded=trainer.tokens_padded,
-            ),
-            *cut_speedups(recipe, trainer),
-            feature_speedup(trainer, kept),
-            worker_speedup(trainer, served, figures),
-            texts.speedup(trainer),
-            *compute_speedups(recipe, trainer, samples=steps * batch.size),
-        )
-    ]
-    if main:
-        _write_result(stage, prepared, folder)
-        folder.write_state({**state, "status": "done", "figures": figures})
+    if memory is not None:
+        figures["memory"] = memory.compare(trainer.args.device.type)
+    found = [feature_speedup(trainer, kept), worker_speedup(trainer, served, figures), texts.speedup(trainer)]
+    figures["speedups"] = _speedups(recipe, trainer, found, relief, samples=steps * batch.size)
+    with gathered(adapter_parameters(prepared.model)):
+        if main:
+            _write_result(stage, prepared, folder)
+            folder.write_state({**state, "status": "done", "figures": figures})
     PartialState().wait_for_everyone()
+    forget_strategy()
+
+
+def _begin(folder: StageDirectory, state: Mapping[str, Any], relief: Relief) -> None:
+    """A stage's folder as it begins: empty unless it goes on."""
+    if state["resumed_from"] is None:
+        remove_directory(folder.path)
+        relief.write(folder.relief)
+    folder.write_state({**state})
+
+
+def _giving_back(stage: StageConfig) -> contextlib.AbstractContextManager[None]:
+    """On a CPU, what a layer gathers from other processes is host memory."""
+    gathers = pick_strategy(stage).strategy in SHARED_OUT and PartialState().device.type == "cpu"
+    return returning_memory() if gathers else contextlib.nullcontext()
+
+
+def _speedups(
+    recipe: Recipe, trainer: MultimodalTrainer, found: list[Speedup], relief: Relief, *, samples: int
+) -> list[dict[str, Any]]:
+    """What the stage's records say of each; `found` are those that other hands than the trainer's know of."""
+    packing = packing_speedups(
+        recipe.batch,
+        packing_obstacle(recipe, trainer.model, trainer.args),
+        tokens=trainer.tokens_trained,
+        computed=trainer.tokens_computed,
+        padded=trainer.tokens_padded,
+    )
+    rest = compute_speedups(recipe, trainer, samples=samples, relief=relief.changes)
+    return [asdict(speedup) for speedup in (*packing, *cut_speedups(recipe, trainer), *found, *rest)]
 
 
 def make_trainer(

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,34 @@ def test_python_m_mmpeft_is_the_same_program():
     assert done.stdout.startswith("mmpeft 0.")
 
 
+ENDING = """
+import atexit, os, sys
+from mmpeft.cli.main import app, main
+
+class TakenApart:
+    def __del__(self):
+        os.abort()
+
+@app.command("leave")
+def leave():
+    # No collector runs before the interpreter takes itself apart, as none does for what a thread of C++ holds.
+    sys.modules["builtins"].kept = TakenApart()
+    atexit.register(print, "farewell")
+    print("done")
+
+sys.argv = ["mmpeft", "leave"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("launched", "ended_by"), [({}, signal.SIGABRT), ({"RANK": "0"}, 0)])
+def test_one_process_of_several_ends_before_the_interpreter_is_taken_apart(launched, ended_by):
+    environment = os.environ | launched
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, env=environment)
+    assert done.stdout == "done\nfarewell\n"
+    assert done.returncode == -ended_by
+
+
 def test_help_needs_neither_torch_nor_transformers():
     program = (
         "import sys; from typer.testing import CliRunner; from mmpeft.cli.main import app; "
@@ -164,7 +193,7 @@ def test_ctrl_c_is_said_and_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr("mmpeft.load_model", interrupted, raising=False)
     status, out, errors = call(monkeypatch, capsys, "generate", "x", "--prompt", "x", "--json")
     assert (status, out) == (130, "")
-    assert "stopped; what had been written is kept" in errors
+    assert "stopped; the same command goes on from what had been written" in errors
 
 
 def test_one_of_several_processes_prints_the_object():

@@ -54,6 +54,7 @@ def test_a_file_in_the_way_is_named(tmp_path):
     [
         (OSError(28, "No space left on device"), "the disk is full"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3"), "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (OSError(30, "Read-only file system"), "read-only"),
         (PermissionError(13, "Permission denied"), "no permission"),

@@ -9,6 +9,7 @@ from accelerate.data_loader import SkipBatchSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmpeft.data import cutting
 from mmpeft.data.balancing import CostBatchSampler, Cut, Steps, fullest_step
 from mmpeft.data.batching import GlobalBatchSampler
 from mmpeft.data.cutting import Bounds, CostModel, MicroBatch, count_micro_batches, cut, items_of
@@ -165,13 +166,14 @@ def test_going_on_in_the_middle_of_an_epoch_takes_what_would_have_come(lengths, 
 @settings(deadline=None, max_examples=40)
 @given(lengths(most=90), st.integers(1, 12), st.integers(0, 9))
 def test_the_first_step_has_most_tokens_and_the_longest_sample(lengths, size, seed):
-    steps = Steps(lengths=lambda epoch: lengths, samples=len(lengths), size=size, seed=seed).of(0)
+    steps = list(Steps(lengths=lambda epoch: lengths, samples=len(lengths), size=size, seed=seed).of(0))
     whole = steps[: len(lengths) // size]
     if whole and len(lengths) > size:
         totals = [int(lengths["tokens"][step].sum()) for step in whole]
         assert totals[0] == max(totals)
         assert lengths["tokens"][steps[0]].max() == lengths["tokens"].max()
-    plain = Steps(lengths=lambda epoch: lengths, samples=len(lengths), size=size, seed=seed, longest_first=False).of(0)
+    order = Steps(lengths=lambda epoch: lengths, samples=len(lengths), size=size, seed=seed, longest_first=False)
+    plain = list(order.of(0))
     # One step moved, and two samples changed places.
     moved = sum(sorted(step) not in map(sorted, plain) for step in steps)
     assert moved <= 2
@@ -272,3 +274,93 @@ def test_a_step_with_few_samples_has_blanks():
     (alone,) = samples_of(last)
     blanks = [index for rank in last for batch in rank for index in batch if index < 0]
     assert blanks == [-1 - alone]
+
+
+def _of_all(items, count, bounds, costs):
+    """Micro-batches as `cut` makes them of rows, by looking at every one of them for each unit."""
+    units = cutting._dearest_first(items, bounds, costs)[::-1]
+    found = [MicroBatch(bounds, costs) for _ in range(count)]
+    while units and found is not None:
+        unit = units.pop()
+        homes = [batch for batch in found if batch.holds(unit)]
+        if not homes and len(unit) > 1:
+            units += [unit[len(unit) // 2 :], unit[: len(unit) // 2]]
+            continue
+        if not homes and bounds.samples is not None:
+            homes = [batch for batch in found if len(batch.items) < bounds.samples]
+        if not homes:
+            found = None
+        else:
+            min(homes, key=lambda batch: batch.cost).put(unit)
+    found = [batch for batch in found if batch.items] if found is not None else _first_fit(items, bounds, costs)
+    while len(found) < count and any(len(batch.items) > 1 for batch in found):
+        parted = max((batch for batch in found if len(batch.items) > 1), key=lambda batch: batch.cost)
+        found.remove(parted)
+        half = len(parted.items) // 2
+        found += [cutting._filled(part, bounds, costs) for part in (parted.items[:half], parted.items[half:])]
+    found.sort(key=lambda batch: -batch.cost)
+    batches = [sorted(item.place for item in batch.items) for batch in found]
+    return batches + [[] for _ in range(count - len(batches))]
+
+
+def _first_fit(items, bounds, costs):
+    found = []
+    for unit in cutting._dearest_first(items, bounds, costs):
+        home = next((batch for batch in found if batch.holds(unit)), None)
+        if home is None:
+            home = MicroBatch(bounds, costs)
+            found.append(home)
+        home.put(unit)
+    return found
+
+
+@settings(deadline=None, max_examples=150)
+@given(lengths(), st.booleans(), st.sampled_from([None, 1, 2, 3]), st.sampled_from([1, 1.3, 4]), st.integers(0, 20))
+def test_rows_are_those_that_looking_at_every_micro_batch_gives(lengths, share, samples, budget, more):
+    bounds = Bounds(tokens=None if samples else int(BUDGET * budget), samples=samples, packed=True, share=share)
+    items, costs = items_of(lengths), CostModel(attention=1e-2)
+    fewest = _first_fit(items, bounds, costs)
+    assert count_micro_batches(items, bounds, costs) == len(fewest)
+    assert cut(items, len(fewest) + more, bounds, costs) == _of_all(items, len(fewest) + more, bounds, costs)
+
+
+@pytest.mark.parametrize("bounds", [Bounds(samples=4, packed=True), Bounds(tokens=8 * BUDGET, packed=True)])
+def test_cutting_for_ten_thousand_processes_looks_at_few_micro_batches_for_each_sample(monkeypatch, bounds):
+    looked = 0
+    holds = MicroBatch.holds
+
+    def counting(self, *args):
+        nonlocal looked
+        looked += 1
+        return holds(self, *args)
+
+    monkeypatch.setattr(MicroBatch, "holds", counting)
+    rng = np.random.default_rng(0)
+    lengths = np.zeros(20_000, dtype=LENGTHS)
+    lengths["tokens"] = rng.lognormal(4.5, 0.7, len(lengths)).clip(2, BUDGET)
+    items = items_of(lengths)
+    count = count_micro_batches(items, bounds, CostModel())
+    cut(items, -(-count // 1000) * 1000, bounds, CostModel())
+    assert looked < 10 * len(items)
+
+
+def test_the_first_process_alone_counts_figures():
+    lengths = np.array([(5 + index % 7, 0, 0, 0, 0) for index in range(50)], dtype=LENGTHS)
+    ranks = samplers(lengths, size=8, bounds=Bounds(samples=4, packed=True), world=2, micro=4)
+    epoch_of(ranks, 0)
+    assert [rank.figures.steps for rank in ranks] == [7, 0]
+    assert ranks[1].figures.imbalance == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths(), st.sampled_from([None, 1, 3]), st.sampled_from([1, 2.5]), st.integers(1, 4000))
+def test_neighbours_are_parted_where_a_micro_batch_holds_no_more(lengths, samples, budget, most):
+    bounds, costs = Bounds(tokens=None if samples else int(BUDGET * budget), samples=samples), CostModel(attention=1e-2)
+    ordered = cutting._longest_first(items_of(lengths))
+    ends, batch = [], MicroBatch(bounds, costs)
+    for place, item in enumerate(ordered):
+        if place and not batch.holds([item], most):
+            ends.append(place)
+            batch = MicroBatch(bounds, costs)
+        batch.put([item])
+    assert cutting._ends(ordered, most, bounds, costs) == [*ends, len(ordered)]

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from mmpeft.core.errors import DataError, OutputError
 from mmpeft.data import arrow
+from mmpeft.data import dataset as dataset_module
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import load_dataset
 from mmpeft.data.media import load_image
@@ -51,6 +52,20 @@ def test_samples_are_encoded_when_taken(path, processor):
     assert processor.tokenizer.decode(labels[labels != -100]) == "green<|im_end|>"
     with pytest.raises(IndexError, match="sample 5 of 5"):
         dataset[5]
+
+
+def test_names_of_media_are_read_many_rows_at_once_in_the_order_of_the_samples(tmp_path, processor, monkeypatch):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    rows = [row(image="a.png"), row(), row(image="b.png"), row(image="a.png"), row(image="c.png")]
+    monkeypatch.setattr(dataset_module, "_WINDOW", 2)
+    dataset = load_dataset(write_lines(tmp_path / "train.jsonl", rows), processor=processor)
+    assert list(dataset.media_names()) == [tuple(dataset.sample(index).media.values()) for index in range(5)]
+    keys = [dataset.media_key(index) for index in range(5)]
+    assert keys[0] == keys[3] != 0
+    assert len(set(keys)) == 4
+    assert keys[1] == 0
+    assert [dataset.media_kinds(index) for index in range(5)] == [1, 0, 1, 1, 1]
 
 
 def test_the_media_root_may_lie_elsewhere(tmp_path, processor):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,12 +9,11 @@ from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft import Recipe
-from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError
 from mmpeft.core.files import read_json, write_json
 from mmpeft.pipeline.data import load_held_out, load_train
 from mmpeft.training.callbacks import read_metrics
-from tests.plain import ENVIRONMENT
+from tests.processes import accelerate, run_recipe
 from tests.project import write_data, write_project
 
 AUGMENT = {
@@ -168,9 +165,6 @@ def test_two_processes_see_what_one_sees(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     mmpeft.run(recipe(one))
     recipe(two, workers=1)
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml")]
-    launch += ["-m", "mmpeft", "run", str(two / "recipe.yaml")]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_recipe(two / "recipe.yaml", launcher=accelerate("cpu_ddp"), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)

@@ -1,8 +1,6 @@
 """Whole runs with steps cut by a budget of tokens: the losses of plain micro-batches, on one process and on two."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,14 +8,13 @@ from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft import Recipe
-from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError, RunInterrupted
 from mmpeft.core.files import read_json
 from mmpeft.data.batching import GlobalBatchSampler
 from mmpeft.training.callbacks import read_metrics
 from mmpeft.training.trainer import MultimodalTrainer
 from tests.families.qwen import tiny_qwen2_5_vl
-from tests.plain import ENVIRONMENT
+from tests.processes import accelerate, run_recipe
 from tests.project import TWO_STAGES, StopAfter, write_project
 
 STAGES = [{**TWO_STAGES[1], "max_steps": None, "epochs": 2}]
@@ -145,10 +142,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_also_under_another_budget(tmp_p
 def test_two_processes_have_the_losses_of_one(tmp_path, batch):
     one, two = tmp_path / "one", tmp_path / "two"
     want, _ = run(write(one, **batch))
-    config = asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    launch += ["-m", "mmpeft", "run", str(write(two, **batch))]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_recipe(write(two, **batch), launcher=accelerate("cpu_ddp"), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert read_json(two / "run" / "run.json")["processes"] == 2
     rows = read_metrics(two / "run" / "stages" / "01-language" / "metrics.jsonl")

@@ -19,8 +19,9 @@ from tests.project import TWO_STAGES, write_data, write_project
 from tests.tiny import tiny_processor
 
 
-def run(folder, **compute):
-    path = write_project(folder, stages=[{**TWO_STAGES[1], "max_steps": 3}], compute=compute)
+def run(folder, *, packing=None, **compute):
+    batch = {"size": 4, "packing": packing}
+    path = write_project(folder, stages=[{**TWO_STAGES[1], "max_steps": 3}], batch=batch, compute=compute)
     mmpeft.run(Recipe.from_yaml(path))
     stage = next((folder / "run" / "stages").iterdir())
     figures = read_json(stage / "stage.json")["figures"]
@@ -39,6 +40,8 @@ def plain(tmp_path_factory):
         "block_attention": False,
         "spare_cache": False,
         "linear_patches": False,
+        "npu_kernels": False,
+        "copy_ahead": False,
         "compile": False,
     }
     return run(tmp_path_factory.mktemp("plain"), **off)
@@ -59,6 +62,8 @@ def test_everything_off_says_so(plain):
         ({"chunked_loss": True}, "compute.chunked_loss", None),
         ({"checkpointing": True}, "compute.checkpointing", None),
         ({"fuse_lora": True}, "compute.fuse_lora", None),
+        ({"spare_cache": True}, "compute.spare_cache", "bytes"),
+        ({"spare_mask": True, "packing": False}, "compute.spare_mask", "entries of masks"),
     ],
 )
 def test_each_switch_gives_the_losses_of_none(tmp_path, plain, switches, on, saved):
@@ -119,6 +124,9 @@ def test_half_precision_takes_the_same_steps_without_the_casts(tmp_path):
 )
 def test_half_precision_attends_in_large_products_unless_told_not_to(tmp_path):
     by_torch, in_blocks = half_precision(tmp_path, "block_attention")
+    records = next((tmp_path / "True" / "stages").iterdir()) / "stage.json"
+    [blocks] = [each for each in read_json(records)["figures"]["speedups"] if each["name"] == "compute.block_attention"]
+    assert blocks["saved"]["attentions of a sample by itself"] >= 3 * 4
     assert by_torch != in_blocks
     assert by_torch == pytest.approx(in_blocks, rel=1e-2)
 
@@ -169,3 +177,4 @@ def test_compiled_layers_give_the_losses_of_none(tmp_path, plain):
     losses, speedups = run(tmp_path, compile=True)
     assert losses == pytest.approx(plain[0], rel=1e-5)
     assert speedups["compute.compile"]["on"]
+    assert speedups["compute.compile"]["saved"]["layers run one operation at a time"] == 2

@@ -45,11 +45,13 @@ OFF = {
         "spare_mask": False,
         "linear_patches": False,
         "checkpointing": False,
-        # Of half precision, CUDA or long runs; off, so that none of them is on in "nothing".
+        # Of half precision, accelerators or long runs; off, so that none of them is on in "nothing".
         "compile": False,
         "liger": False,
         "spare_casts": False,
         "block_attention": False,
+        "npu_kernels": False,
+        "copy_ahead": False,
     },
     "cache": {"features": False, "tokens": False},
     "data": {"workers": 0},

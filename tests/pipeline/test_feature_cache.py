@@ -1,10 +1,7 @@
 """Whole runs with the feature cache: the losses of runs without it, across stages and runs, whatever lies on disk."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,10 +10,8 @@ from transformers import LlavaForConditionalGeneration
 
 import mmpeft
 from mmpeft import Recipe
-from mmpeft.config.shipped import find_recipe
-from mmpeft.core.files import read_json
-from mmpeft.training.callbacks import read_metrics
 from mmpeft.training.trainer import MultimodalTrainer
+from tests.processes import accelerate, figures, losses, run_recipe
 from tests.project import TWO_STAGES, write_project
 
 LANGUAGE_ALONE = [TWO_STAGES[0], {**TWO_STAGES[1], "train": {"language": {"r": 4}}, "learning_rate": 1e-2}]
@@ -31,11 +26,8 @@ def run(path, output, *overrides):
 
 def told(output):
     """The same, of a run that is over."""
-    stages = sorted((output / "stages").iterdir())
-    losses = [[row["loss"] for row in read_metrics(stage / "metrics.jsonl") if "loss" in row] for stage in stages]
-    figures = [read_json(stage / "stage.json")["figures"] for stage in stages]
-    speedups = [{each["name"]: each for each in figure["speedups"]}["data.cache.features"] for figure in figures]
-    return losses, speedups
+    by_name = [{each["name"]: each for each in figure["speedups"]} for figure in figures(output)]
+    return losses(output), [each["data.cache.features"] for each in by_name]
 
 
 def misses(speedup):
@@ -83,6 +75,8 @@ def test_stages_and_runs_share_features_and_follow_the_losses_without(tmp_path, 
     assert [misses(each) for each in first] == [len(kept), 0]
     # Six steps of eight, but the last of an epoch has the six samples that are left.
     assert first[1]["saved"]["tower_runs"] == 44
+    again = "the projector runs each time, for it is frozen in this stage and trained in another"
+    assert [again in each["why"] for each in first] == [False, stages is LANGUAGE_ALONE]
 
     losses, second = run(path, "second")
     assert_same(losses, plain)
@@ -184,22 +178,7 @@ def test_the_report_says_why_nothing_is_kept(tmp_path, override, why):
 def test_two_processes_keep_what_one_process_finds(tmp_path):
     path = project(tmp_path)
     plain, _ = run(path, "off", "data.cache.features=false")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        find_recipe("accelerate/cpu_ddp").path,
-    ]
-    done = subprocess.run(
-        [*command, "-m", "mmpeft", "run", path, "--set", f"output={tmp_path / 'two'}"],
-        cwd=tmp_path,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_recipe(path, f"output={tmp_path / 'two'}", launcher=accelerate("cpu_ddp"), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     losses, speedups = told(tmp_path / "two")
     assert_same(losses, plain)

@@ -1,8 +1,6 @@
 """Runs on several sources with weights."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,12 +11,11 @@ from typer.testing import CliRunner
 import mmpeft
 from mmpeft import Recipe
 from mmpeft.cli.main import app
-from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError
 from mmpeft.core.files import read_json
 from mmpeft.training.callbacks import read_metrics
 from tests.pipeline.test_run import start_and_wait_for
-from tests.plain import ENVIRONMENT
+from tests.processes import accelerate, run_recipe
 from tests.project import TWO_STAGES, write_project
 
 STAGE = [{**TWO_STAGES[1], "max_steps": None, "epochs": 2}]
@@ -93,6 +90,7 @@ def test_another_weight_or_another_sample_of_any_source_trains_again(tmp_path):
     assert run(path).stages[0]["status"] == "trained"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_samples_that_are_left(tmp_path):
     """Twenty epochs of three steps, each with other samples of the first source."""
     stages = [{**STAGE[0], "max_steps": 60, "trainer": {"save_steps": 5}}]
@@ -113,11 +111,7 @@ def test_a_run_that_was_killed_goes_on_with_the_samples_that_are_left(tmp_path):
 def test_two_processes_have_the_losses_of_one(tmp_path):
     one, two = project(tmp_path / "one", WEIGHTED), project(tmp_path / "two", WEIGHTED)
     run(one)
-    config = asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    done = subprocess.run(
-        [*launch, "-m", "mmpeft", "run", str(two)], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = run_recipe(two, launcher=accelerate("cpu_ddp"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 

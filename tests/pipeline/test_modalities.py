@@ -1,8 +1,6 @@
 """Two processes whose batches hold media of different kinds, or none: none waits, and losses are those of one."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,12 +9,11 @@ from PIL import Image
 
 import mmpeft
 from mmpeft import Recipe
-from mmpeft.core.assets import asset_directory
 from mmpeft.core.files import read_json
 from mmpeft.training.callbacks import read_metrics
 from tests.data.films import film
 from tests.families.qwen import tiny_qwen2_5_vl
-from tests.plain import ENVIRONMENT
+from tests.processes import accelerate, run_recipe
 
 KINDS = ["text picture", "picture text", "text film", "film text", "picture film", "film picture", "text text"]
 """What the two samples of each step hold: with two processes, the first is one's and the second the other's."""
@@ -74,16 +71,7 @@ def test_no_process_waits_for_gradients_that_do_not_come(tmp_path, trained, chec
         (tmp_path / name).mkdir()
     one, two = (project(tmp_path / name, TRAINED[trained], **options) for name in ("one", "two"))
     mmpeft.run(Recipe.from_yaml(one))
-    config = asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    done = subprocess.run(
-        [*launch, "-m", "mmpeft", "run", str(two)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    done = run_recipe(two, launcher=accelerate("cpu_ddp"), timeout=180)
     assert done.returncode == 0, done.stderr[-6000:]
     assert read_json(tmp_path / "two" / "run" / "run.json")["processes"] == 2
     rows = [rows_of(tmp_path / name) for name in ("one", "two")]

@@ -1,8 +1,6 @@
 """Runs that read their samples while they train."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,12 +11,11 @@ from typer.testing import CliRunner
 import mmpeft
 from mmpeft import Recipe
 from mmpeft.cli.main import app
-from mmpeft.core.assets import asset_directory
 from mmpeft.core.errors import DataError, RecipeError
 from mmpeft.core.files import read_json
 from mmpeft.training.callbacks import read_metrics
 from tests.pipeline.test_run import start_and_wait_for
-from tests.plain import ENVIRONMENT
+from tests.processes import accelerate, run_recipe
 from tests.project import TWO_STAGES, write_project
 
 STAGE = {**TWO_STAGES[1], "max_steps": 6}
@@ -54,11 +51,7 @@ def same_weights(one, two):
 
 
 def two_processes(path):
-    config = asset_directory("recipes") / "accelerate" / "cpu_ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return subprocess.run(
-        [*launch, "-m", "mmpeft", "run", str(path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    return run_recipe(path, launcher=accelerate("cpu_ddp"))
 
 
 @pytest.mark.parametrize("batch", [{"size": 8, "micro": 4}, {"size": 8, "micro": 2}])
@@ -73,6 +66,7 @@ def test_in_file_order_it_trains_as_the_indexed_road_does(tmp_path, batch):
     assert read_json(tmp_path / "b" / "run/stages/01-language/stage.json")["figures"]["samples"] == 44
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_workers_change_nothing(tmp_path):
     one, two = project(tmp_path / "one"), project(tmp_path / "two", workers=2)
     run(one)
@@ -85,6 +79,7 @@ def test_two_processes_have_the_losses_of_one_and_workers_change_nothing(tmp_pat
     assert figures[0]["samples"] == figures[1]["samples"] == 44
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_samples_that_are_left(tmp_path):
     """Twenty epochs of three steps, the last of each smaller, in an order drawn with a buffer."""
     stage = {**STAGE, "max_steps": 60, "trainer": {"save_steps": 5}}
