@@ -42,6 +42,14 @@ class DistributedConfig(Block):
     together (ddp)."""
     sequence_parallel: bool = True
     """Whether each of those has a part of the tokens between a layer's blocks, not all of them."""
+    context_parallel: Annotated[int, Field(ge=1)] = 1
+    """Neighbouring processes that have a part of the tokens of each sample in the language model's layers, and run the
+    same samples together (ddp, fsdp2)."""
+
+    @property
+    def together(self) -> int:
+        """Processes that run the same samples."""
+        return self.tensor_parallel * self.context_parallel
 
     @property
     def shares_weights(self) -> bool:
@@ -52,7 +60,13 @@ class DistributedConfig(Block):
         """In a recipe's words: `fsdp2`, `fsdp2 with offload: all`, `tensor_parallel: 2`."""
         if self.tensor_parallel > 1:
             return f"tensor_parallel: {self.tensor_parallel}"
-        return self.strategy + (f" with offload: {self.offload}" if self.offload != "none" else "")
+        if self.context_parallel > 1:
+            with_layers = "fsdp2 with " if self.strategy == "fsdp2" else ""
+            return f"{with_layers}context_parallel: {self.context_parallel}" + self._offloading(" and")
+        return self.strategy + self._offloading(" with")
+
+    def _offloading(self, joint: str) -> str:
+        return f"{joint} offload: {self.offload}" if self.offload != "none" else ""
 
 
 def _named(value: Any) -> Any:
@@ -66,17 +80,24 @@ def _named(value: Any) -> Any:
                 "unknown strategy {value}{hint}",
                 {"value": repr(name), "hint": did_you_mean(str(name), STRATEGIES)},
             )
-        raise_all(_problems(str(name), fields.get("offload", "none"), fields.get("tensor_parallel", 1)))
+        raise_all(distributed_problems(str(name), fields))
     return fields
 
 
-def _problems(strategy: str, offload: Any, tensor_parallel: Any) -> list[tuple[str, str]]:
+def distributed_problems(strategy: str, fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which fields of `DistributedConfig` do not go together, and why."""
     problems = []
+    offload = fields.get("offload", "none")
     takes = {"optimizer": tuple(ZERO), "all": SHARED_OUT}.get(offload, STRATEGIES)
     if strategy not in takes:
         problems.append(("offload", f"{offload!r} is for {', '.join(takes)}; this stage has {strategy}"))
-    if tensor_parallel != 1 and strategy not in ("auto", "ddp"):
+    matrices, tokens = fields.get("tensor_parallel", 1), fields.get("context_parallel", 1)
+    if matrices != 1 and strategy not in ("auto", "ddp"):
         problems.append(("tensor_parallel", f"is for ddp; this stage has {strategy}"))
+    if tokens != 1 and strategy not in ("auto", "ddp", "fsdp2"):
+        problems.append(("context_parallel", f"is for ddp and fsdp2; this stage has {strategy}"))
+    if tokens != 1 and matrices != 1:
+        problems.append(("context_parallel", "and tensor_parallel exclude each other; leave one of the two out"))
     return problems
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from mmpeft.models.base import base_of
+from mmpeft.models.context_parallel import ContextParallel
+from mmpeft.models.groups import group_of
 from mmpeft.models.mask_free import CAUSAL
 
 
@@ -33,6 +35,8 @@ def last_layer_obstacle(model: Any) -> str | None:
     text = base_of(model).config.get_text_config().model_type
     if text not in CAUSAL or not isinstance(getattr(_last(model), "mlp", None), torch.nn.Module):
         return f"the last layer of a language model of type {text!r} was not tested with it"
+    if isinstance(group_of(model), ContextParallel):
+        return "each process has a part of the tokens (distributed.context_parallel)"
     return None
 
 

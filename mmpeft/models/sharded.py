@@ -30,6 +30,7 @@ from transformers.distributed.utils import TransformersDeviceMesh
 from mmpeft.core.errors import ModelError
 from mmpeft.families.registry import trained_model
 from mmpeft.models.base import base_of
+from mmpeft.models.context_parallel import ContextParallel, share_tokens
 from mmpeft.models.tensor_parallel import TensorParallel, mark_shares, share_layers
 
 
@@ -43,12 +44,16 @@ class Sharing:
         tensor_parallel: processes that have a share of each matrix together; 1: each layer is shared by all processes,
             and whole while it runs.
         tokens: whether those have a part of the tokens each between blocks.
+        layers: whether layers are shared where matrices are not; else each process has them whole.
+        context_parallel: processes that have a part of the tokens together.
     """
 
     processes: int
     offload: bool = False
     tensor_parallel: int = 1
     tokens: bool = True
+    layers: bool = True
+    context_parallel: int = 1
 
 
 class SharedOut:
@@ -65,7 +70,17 @@ class SharedOut:
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
         """That of the class, with its arguments and results; the model is one of this very class."""
+        result = self._read_shared(name, options)
+        degree = self.sharing.context_parallel
+        if degree > 1:
+            mesh = _groups(self.sharing.processes, degree)
+            share_tokens(_model_of(result), ContextParallel(degree, mesh.get_local_rank(), mesh.get_group()))
+        return result
+
+    def _read_shared(self, name: str, options: dict[str, Any]) -> Any:
         degree = self.sharing.tensor_parallel
+        if degree == 1 and not self.sharing.layers:
+            return self.model_class.from_pretrained(name, **options)
         by_layer = DistributedConfig(fsdp_size=self.sharing.processes)
         if self.sharing.processes == 1:
             # Of one process all waits in host memory, where it is read; its layers come to the device one by one.
@@ -139,6 +154,12 @@ def _meshes(config: DistributedConfig) -> tuple[torch.device, TransformersDevice
     dense = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
     experts = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
     return device, TransformersDeviceMesh(dense, experts)
+
+
+def _groups(processes: int, degree: int) -> Any:
+    """Of neighbouring processes that run the same samples; this one's."""
+    mesh = init_device_mesh(PartialState().device.type, (processes // degree, degree), mesh_dim_names=("dp", "cp"))
+    return mesh["cp"]
 
 
 def _share_out(model: Any, mesh: Any, policy: OffloadPolicy) -> None:

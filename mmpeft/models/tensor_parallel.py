@@ -20,20 +20,19 @@ own forward sends the input's gradient once for each matrix, and PEFT's once mor
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mmpeft.core.errors import ModelError
 from mmpeft.families.registry import trained_model
 from mmpeft.models.base import base_of
-
-Change = Callable[[torch.Tensor], torch.Tensor]
+from mmpeft.models.groups import Change, Group, Rows, form_group, group_of
 
 _COLUMNS, _ROWS = "colwise", "rowwise"
 
@@ -53,31 +52,14 @@ _LEFT_OUT = ("qwen3_vl_text",)
 
 
 @dataclass(frozen=True)
-class TensorParallel:
+class TensorParallel(Group):
     """A group of processes that have a share of each matrix, and this one's place in it.
 
     Attributes:
-        degree: processes of the group.
-        rank: of this process in it, from 0.
-        group: what they send over; None where a share is looked at by itself: shapes are those of a process of a
-            group, and nothing is sent.
         tokens: whether each has a part of the tokens between blocks.
     """
 
-    degree: int
-    rank: int
-    group: Any = None
     tokens: bool = False
-
-    @property
-    def together(self) -> int:
-        """Processes that run the same samples."""
-        return 1 if self.group is None else self.degree
-
-    def share(self, size: int) -> slice:
-        """This process's part of so many rows or columns."""
-        width = size // self.degree
-        return slice(self.rank * width, (self.rank + 1) * width)
 
 
 @dataclass(frozen=True)
@@ -94,12 +76,6 @@ class _Block:
         for dimension, names in enumerate((self.columns, self.rows)):
             for name in names:
                 yield name, dimension, getattr(self.module, name)
-
-
-def tensor_parallel_of(model: Any) -> TensorParallel | None:
-    """How a model's matrices are shared out; None if they are not."""
-    found: TensorParallel | None = vars(base_of(model)).get("_tensor_parallel")
-    return found
 
 
 def mark_shares(model: Any, mesh: Any) -> None:
@@ -132,8 +108,8 @@ def share_layers(model: Any, parallel: TensorParallel) -> None:
         elif linear.bias is not None and parallel.rank:
             # Added once, not by each process.
             nn.init.zeros_(linear.bias)
-    model._tensor_parallel = parallel
-    rows = _Rows(parallel)
+    form_group(model, parallel)
+    rows = Rows(parallel)
     decoder = trained_model(model).get_decoder()
     # Features of pictures that are added between layers are those of whole rows.
     tokens = parallel.tokens and not hasattr(decoder, "_deepstack_process")
@@ -150,8 +126,8 @@ def share_layers(model: Any, parallel: TensorParallel) -> None:
 
 def share_adapters(model: Any) -> None:
     """Let the LoRA of a matrix that is shared out use those of its rows or columns that go with the share."""
-    parallel = tensor_parallel_of(model)
-    if parallel is None:
+    parallel = group_of(model)
+    if not isinstance(parallel, TensorParallel):
         return
     for block in _blocks(base_of(model)):
         for _, dimension, layer in block.matrices():
@@ -166,7 +142,7 @@ def share_adapters(model: Any) -> None:
 
 def partial_parameters(model: Any) -> list[nn.Parameter]:
     """What trains inside blocks: its gradient is the sum of those that the processes of a group have."""
-    if tensor_parallel_of(model) is None:
+    if not isinstance(group_of(model), TensorParallel):
         return []
     blocks = [block.module for block in _blocks(base_of(model))]
     return [weight for block in blocks for weight in block.parameters() if weight.requires_grad]
@@ -256,90 +232,3 @@ def _entering(change: Change, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _leaving(change: Change, module: nn.Module, args: Any, output: Any) -> Any:
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-
-class _Rows:
-    """What a group does with rows [rows, tokens, channels]; each forward's are of one length.
-
-    Rows are filled up to a multiple of the group's size where each process takes its part.
-    """
-
-    def __init__(self, parallel: TensorParallel) -> None:
-        self.parallel, self.length = parallel, 0
-
-    def same_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The same; of gradients the sum."""
-        return _send(x, _same, self._sum)
-
-    def sum_same(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum; of gradients the same."""
-        return _send(x, self._sum, _same)
-
-    def part(self, x: torch.Tensor) -> torch.Tensor:
-        """This process's part of rows that all have whole."""
-        self.length = x.shape[1]
-        return _send(x, self._own, self._gather)
-
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of which each has a part; their gradient is whole in all."""
-        return _send(x, self._gather, self._own)
-
-    def gather_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of which each has a part; of gradients the sum, in parts."""
-        return _send(x, self._gather, self._sum_parts)
-
-    def scatter_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum, in parts; gradients are gathered."""
-        return _send(x, self._sum_parts, self._gather)
-
-    def _sum(self, x: torch.Tensor) -> torch.Tensor:
-        summed = x.clone(memory_format=torch.contiguous_format)
-        self._send(distributed.all_reduce, summed)
-        return summed
-
-    def _own(self, x: torch.Tensor) -> torch.Tensor:
-        return self._filled(x).chunk(self.parallel.degree, dim=1)[self.parallel.rank].contiguous()
-
-    def _gather(self, x: torch.Tensor) -> torch.Tensor:
-        parts = x.transpose(0, 1).contiguous()
-        rows = parts.new_empty(len(parts) * self.parallel.degree, *parts.shape[1:])
-        self._send(distributed.all_gather_into_tensor, rows, parts)
-        return rows.transpose(0, 1)[:, : self.length].contiguous()
-
-    def _sum_parts(self, x: torch.Tensor) -> torch.Tensor:
-        rows = self._filled(x).transpose(0, 1).contiguous()
-        own = rows.new_empty(len(rows) // self.parallel.degree, *rows.shape[1:])
-        self._send(distributed.reduce_scatter_tensor, own, rows)
-        return own.transpose(0, 1).contiguous()
-
-    def _send(self, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
-        if self.parallel.group is not None:
-            collective(*tensors, group=self.parallel.group)
-
-    def _filled(self, x: torch.Tensor) -> torch.Tensor:
-        lacking = -x.shape[1] % self.parallel.degree
-        return nn.functional.pad(x, (0, 0, 0, lacking)) if lacking else x
-
-
-def _send(x: torch.Tensor, there: Change, back: Change) -> torch.Tensor:
-    """Do one thing with what goes forward, another with its gradient."""
-    sent: torch.Tensor = _Sent.apply(x, there, back)
-    return sent
-
-
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x.view_as(x)
-
-
-class _Sent(torch.autograd.Function):
-    """The autograd of `_send`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, there: Any, back: Any) -> torch.Tensor:
-        ctx.back = back
-        sent: torch.Tensor = there(x)
-        return sent
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return ctx.back(gradient), None, None

@@ -245,15 +245,24 @@ def tree_attention_on(model: Any, *, blocks: bool = True) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, masks)
     base: Any = base_of(model)
     looking = base.register_forward_pre_hook(masks.look, with_kwargs=True)
+    try:
+        with attending_by(base, NAME):
+            yield
+    finally:
+        looking.remove()
+
+
+@contextlib.contextmanager
+def attending_by(base: Any, name: str) -> Iterator[None]:
+    """Let the language model of a transformers model attend by what is registered by this name."""
     text = base.config.get_text_config()
-    key = next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), "")
+    key = next((each for each in base.config.sub_configs if getattr(base.config, each, None) is text), "")
     before = text._attn_implementation
-    base.set_attn_implementation({key: NAME})
+    base.set_attn_implementation({key: name})
     try:
         yield
     finally:
         base.set_attn_implementation({key: before})
-        looking.remove()
 
 
 def at_once(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
@@ -282,5 +291,6 @@ def check_attention(model: Any, inputs: Mapping[str, Any]) -> None:
     Raises:
         ModelError: `tree_attention_on` is not in force.
     """
-    if "tree" in inputs and model.config.get_text_config()._attn_implementation != NAME:
+    # Also within another that hands whole rows on to it.
+    if "tree" in inputs and not model.config.get_text_config()._attn_implementation.endswith(NAME):
         raise ModelError("a packed row (PackedCollator) needs mmpeft.models.tree_attention.tree_attention_on(model)")

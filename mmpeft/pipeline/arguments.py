@@ -15,7 +15,7 @@ from mmpeft.config.names import did_you_mean
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.core.errors import RecipeError
 from mmpeft.core.types import PARTS, Part
-from mmpeft.pipeline.strategy import forget_strategy, pick_strategy, strategy_arguments
+from mmpeft.pipeline.strategy import forget_strategy, pick_strategy, strategy_arguments, told
 
 MICRO_LIMIT = 16
 """Most samples that go through the model at once unless the recipe says otherwise."""
@@ -40,14 +40,16 @@ def data_processes(stage: StageConfig, processes: int) -> int:
     """How many of a stage's processes, or groups of them, take samples of their own.
 
     Raises:
-        RecipeError: they do not come out even in groups of `tensor_parallel`.
+        RecipeError: they do not come out even in groups of `tensor_parallel` or `context_parallel`.
     """
-    degree = stage.distributed.tensor_parallel
+    chosen = told(stage)
+    degree = chosen.together
     if processes == 1:
         return 1
     if processes % degree:
+        key = "tensor_parallel" if chosen.tensor_parallel > 1 else "context_parallel"
         raise RecipeError(
-            f"stages.{stage.name}.distributed.tensor_parallel: {processes} processes do not make groups of {degree}; "
+            f"stages.{stage.name}.distributed.{key}: {processes} processes do not make groups of {degree}; "
             f"use a divisor of {processes}"
         )
     return processes // degree

@@ -170,7 +170,8 @@ def shared(plan: MemoryPlan, strategy: DistributedConfig, processes: int, held: 
     """The plan of each of several processes that share a model as `distributed` says.
 
     Args:
-        plan: of one process; where matrices are shared out (`tensor_parallel`), of one with its share of them.
+        plan: of one process; where matrices or tokens are shared out (`tensor_parallel`, `context_parallel`), of one
+            with its share of them.
     """
     if processes == 1 and strategy.offload == "none":
         return plan

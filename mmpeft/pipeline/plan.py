@@ -174,7 +174,7 @@ def _memory_and_time(given: Given, inputs: PlanInputs, model: Any, own: Held, st
     kind = PartialState().device.type
     plan = plan_memory(given, overhead=None if facts is None else facts.overhead)
     strategy = given.stage.distributed
-    mine = shared(plan, strategy, given.batch.processes * strategy.tensor_parallel, own)
+    mine = shared(plan, strategy, given.batch.processes * strategy.together, own)
     room = total_memory(kind) if facts is None else facts.memory
     memory = {**mine.to_dict(), "device": inputs.device, "room": room, "fits": mine.peak <= room}
     if not memory["fits"]:
@@ -220,8 +220,8 @@ def _work(given: Given, inputs: PlanInputs, plan: MemoryPlan, steps: int) -> dic
     else:
         mean = float(dataset.lengths(0)["tokens"].mean())
         share = mean * given.batch.size / max(1, plan.tokens)
-    # Processes that share matrices out are one among `processes`, and each has its share of the work.
-    degree = given.stage.distributed.tensor_parallel
+    # Processes that run the same samples are one among `processes`, and each has its share of the work.
+    degree = given.stage.distributed.together
     flop = plan.flop * share * steps * degree
     facts = DEVICES.get(inputs.device)
     speed, how = inputs.speed, "given"

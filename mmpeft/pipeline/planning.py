@@ -18,6 +18,7 @@ from mmpeft.core.types import Part
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.models.base import base_of
+from mmpeft.models.context_parallel import ContextParallel, share_tokens
 from mmpeft.models.tensor_parallel import TensorParallel, share_adapters, share_layers
 from mmpeft.pipeline.arguments import Batch, count_steps
 from mmpeft.pipeline.base import base_precision, skeleton, stored_precision
@@ -67,7 +68,7 @@ def model_of(given: Given) -> tuple[Any, torch.dtype]:
 
 
 def plan_memory(given: Given, *, tokens: int | None = None, overhead: int | None = None) -> MemoryPlan:
-    """The plan of one process that has the whole model, or its share of matrices (`tensor_parallel`).
+    """The plan of one process that has the whole model, or its share of matrices or tokens.
 
     Args:
         tokens: a budget to fill with the longest samples, whatever the recipe says of the batch.
@@ -122,7 +123,8 @@ def estimate_memory(
         weights=sum(weight.nbytes for weight in model.parameters()),
         trained=sum(weight.nbytes for weight in model.parameters() if weight.requires_grad),
         layers=int(text.num_hidden_layers),
-        hidden=int(text.hidden_size) // given.stage.distributed.tensor_parallel,
+        # Of a part of the channels, or of the tokens: as much.
+        hidden=int(text.hidden_size) // given.stage.distributed.together,
         vocabulary=int(text.vocab_size),
         item=dtype.itemsize,
         samples=given.batch.micro,
@@ -136,6 +138,8 @@ def _take_share(given: Given, model: Any) -> None:
     if chosen.tensor_parallel > 1:
         share_layers(base_of(model), TensorParallel(chosen.tensor_parallel, 0, tokens=chosen.sequence_parallel))
         share_adapters(model)
+    if chosen.context_parallel > 1:
+        share_tokens(model, ContextParallel(chosen.context_parallel, 0))
 
 
 def held(model: Any, dtype: torch.dtype) -> Held:

@@ -1,6 +1,6 @@
 """What `distributed: auto` stands for where no launcher has settings of its own: the first way to share that fits.
 
-    adapters           ddp      fsdp2     tensor_parallel     fsdp2, weights on the host
+    adapters           ddp      fsdp2     context_parallel    fsdp2 with it     tensor_parallel     fsdp2, on the host
     towers in full     ddp      zero2     zero2, optimizer states on the host
 
 They come in the order of what they cost in time. Memory is estimated by formula, in every process alike: those of a
@@ -76,7 +76,11 @@ def _candidates(given: Given, processes: int) -> Iterator[DistributedConfig]:
     yield DistributedConfig(strategy="fsdp2")
     # Groups that send so much are of one machine.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    for degree in (degree for degree in (2, 4, 8) if here % degree == 0):
+    degrees = [degree for degree in (2, 4, 8) if here % degree == 0]
+    for degree in degrees:
+        yield DistributedConfig(strategy="ddp", context_parallel=degree)
+        yield DistributedConfig(strategy="fsdp2", context_parallel=degree)
+    for degree in degrees:
         yield DistributedConfig(strategy="ddp", tensor_parallel=degree)
     yield DistributedConfig(strategy="fsdp2", offload="all")
 

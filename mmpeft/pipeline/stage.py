@@ -233,6 +233,8 @@ def run_stage(
             "its checkpoint is written, and the same command goes on from there"
         )
     figures = _figures(trainer, prepared.plan, seconds=time.perf_counter() - begin)
+    if (processes := PartialState().num_processes) > 1:
+        figures |= {"processes": processes, "shared_as": pick_strategy(stage).describe()}
     if memory is not None:
         figures["memory"] = memory.compare(trainer.args.device.type)
     found = [feature_speedup(trainer, kept), worker_speedup(trainer, served, figures), texts.speedup(trainer)]

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import str_to_bool
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from mmpeft.config.distributed import ZERO, DistributedConfig
+from mmpeft.config.distributed import ZERO, DistributedConfig, distributed_problems
 from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import changes_base
 from mmpeft.core.errors import RecipeError
@@ -33,18 +33,7 @@ def pick_strategy(stage: StageConfig) -> DistributedConfig:
         RecipeError: offloading by a process that no launcher has started, or a whole model to be written of shares.
         MissingDependencyError: DeepSpeed is not installed.
     """
-    chosen = stage.distributed
-    if chosen.strategy == "auto":
-        told = launcher_strategy()
-        if told is None or told.strategy == "ddp":
-            chosen = chosen.model_copy(update={"strategy": "ddp"})
-        elif chosen.tensor_parallel == 1:
-            chosen = told
-        else:
-            raise RecipeError(
-                f"stages.{stage.name}.distributed.tensor_parallel: is for ddp, and the launcher's settings say "
-                f"{told.strategy}; give the stage `strategy: ddp`, or the launcher other settings"
-            )
+    chosen = told(stage)
     if chosen.shares_weights and trains_tower(stage.train):
         name = chosen.strategy if chosen.tensor_parallel == 1 else "tensor_parallel"
         raise RecipeError(
@@ -57,17 +46,50 @@ def pick_strategy(stage: StageConfig) -> DistributedConfig:
             f"stages.{stage.name}.train.language.{field}: {language[field]!r} reads whole matrices, and "
             "distributed.tensor_parallel shares them out; leave one of the two out"
         )
+    if chosen.context_parallel > 1 and trains_tower(stage.train):
+        raise RecipeError(
+            f"stages.{stage.name}.distributed.context_parallel: is for adapters, and this stage trains a tower or the "
+            "language model `full`; use zero1 or zero2"
+        )
     launched = torch.distributed.is_available() and torch.distributed.is_initialized()
     if chosen.offload != "none" and not launched:
         raise RecipeError(
             f"stages.{stage.name}.distributed.offload: {chosen.offload} needs a launcher, on one process as well; use "
             "`mmpeft run` or `accelerate launch --num_processes 1 -m mmpeft run`"
         )
-    if PartialState().num_processes == 1 and chosen.offload == "none":
-        return DistributedConfig(strategy="ddp")
+    if PartialState().num_processes == 1:
+        alone = DistributedConfig(strategy="ddp")
+        chosen = alone if chosen.offload == "none" else chosen.model_copy(update={"context_parallel": 1})
     if chosen.strategy in ZERO:
         require("deepspeed", extra="deepspeed")
     return chosen
+
+
+def told(stage: StageConfig) -> DistributedConfig:
+    """What a stage and the launcher's settings say together; never `auto`.
+
+    Raises:
+        RecipeError: they exclude each other.
+    """
+    chosen = stage.distributed
+    if chosen.strategy != "auto":
+        return chosen
+    launcher = launcher_strategy()
+    if launcher is None:
+        return chosen.model_copy(update={"strategy": "ddp"})
+    if chosen.together == 1:
+        return launcher
+    if launcher.strategy != "ddp" and chosen.tensor_parallel > 1:
+        raise RecipeError(
+            f"stages.{stage.name}.distributed.tensor_parallel: is for ddp, and the launcher's settings say "
+            f"{launcher.strategy}; give the stage `strategy: ddp`, or the launcher other settings"
+        )
+    if launcher.strategy in ZERO:
+        raise RecipeError(
+            f"stages.{stage.name}.distributed.context_parallel: is for ddp and fsdp2, and the launcher's settings say "
+            f"{launcher.strategy}; give the stage one of them as `strategy`, or the launcher other settings"
+        )
+    return chosen.model_copy(update={"strategy": launcher.strategy, "offload": launcher.offload})
 
 
 def _reads_matrices(lora: Mapping[str, Any]) -> str | None:
@@ -83,7 +105,8 @@ def launcher_strategy() -> DistributedConfig | None:
 
     It is taken out of the environment, where accelerate would find it for each stage, whatever the recipe says of it.
     """
-    found = None
+    found: dict[str, Any] | None = None
+    parallel = _taken_parallel()
     if _taken("ACCELERATE_USE_DEEPSPEED"):
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         name = next((name for name, number in ZERO.items() if number == stage), "ddp")
@@ -91,12 +114,31 @@ def launcher_strategy() -> DistributedConfig | None:
     elif _taken("ACCELERATE_USE_FSDP"):
         offload = str_to_bool(os.environ.get("FSDP_OFFLOAD_PARAMS", "false"))
         found = {"strategy": "fsdp2", "offload": "all" if offload else "none"}
+    if parallel:
+        found = {"strategy": "ddp", **(found or {}), **parallel}
     for name in [each for each in os.environ if each.startswith(_SETTINGS)]:
         del os.environ[name]
-    return DistributedConfig.model_validate(found) if found else None
+    if found and (problems := distributed_problems(found["strategy"], found)):
+        why = "; ".join(f"{key}: {each}" for key, each in problems)
+        raise RecipeError(f"the launcher's settings, which as a stage's `distributed` are {found}: {why}")
+    return DistributedConfig(**found) if found else None
 
 
-_SETTINGS = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_", "FSDP_")
+def _taken_parallel() -> dict[str, Any]:
+    """What accelerate's `ParallelismConfig` says; its context and its sequence parallel are one thing here."""
+    if not _taken("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return {}
+    sizes = {name: int(os.environ.get(f"{_PARALLEL}{name}_SIZE", "1")) for name in ("TP", "CP", "SP", "DP_SHARD")}
+    found: dict[str, Any] = {"strategy": "fsdp2"} if sizes["DP_SHARD"] > 1 else {}
+    if sizes["TP"] > 1:
+        found["tensor_parallel"] = sizes["TP"]
+    if (tokens := max(sizes["CP"], sizes["SP"])) > 1:
+        found["context_parallel"] = tokens
+    return found
+
+
+_PARALLEL = "PARALLELISM_CONFIG_"
+_SETTINGS = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_", "FSDP_", _PARALLEL)
 
 
 def _taken(name: str) -> bool:
@@ -159,8 +201,13 @@ def loading(strategy: DistributedConfig, recipe: Recipe, base: str) -> Iterator[
             tensor_parallel=strategy.tensor_parallel,
             tokens=strategy.sequence_parallel,
         )
-    elif strategy.strategy == "fsdp2":
-        yield Sharing(processes=PartialState().num_processes, offload=strategy.offload == "all")
+    elif strategy.strategy == "fsdp2" or strategy.context_parallel > 1:
+        yield Sharing(
+            processes=PartialState().num_processes,
+            offload=strategy.offload == "all",
+            layers=strategy.strategy == "fsdp2",
+            context_parallel=strategy.context_parallel,
+        )
     elif strategy.strategy == "zero3":
         deepspeed = require("deepspeed", extra="deepspeed")
         drop_dead_locks()

@@ -13,6 +13,7 @@ from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.packing import PackedCollator
 from mmpeft.models.base import base_of
 from mmpeft.models.compiled import layers_compiled
+from mmpeft.models.context_parallel import context_parallel_on
 from mmpeft.models.fused_lora import lora_fused
 from mmpeft.models.head_loss import HeadFigures, head_loss_on, unchunkable
 from mmpeft.models.last_layer import LastLayerFigures, last_layer_obstacle, last_layer_spared
@@ -124,6 +125,7 @@ class Computing:
                 stack.callback(model.register_forward_pre_hook(self._without_mask, with_kwargs=True).remove)
             if isinstance(self.trainer.data_collator, PackedCollator):
                 stack.enter_context(tree_attention_on(model, blocks=self.compute.block_attention))
+            stack.enter_context(context_parallel_on(model))
             if self.why_last_whole() is None:
                 # Before the hooks of the loss, which take from some forwards what it goes by.
                 last = stack.enter_context(last_layer_spared(model))

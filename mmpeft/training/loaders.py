@@ -33,7 +33,7 @@ from mmpeft.data.stream_mixture import Stream
 class Share:
     """Which samples of each global batch a process takes: the `rank`-th of `world` parts, from 0.
 
-    Processes that share matrices out take the same.
+    Processes that share matrices or tokens out take the same.
     """
 
     world: int

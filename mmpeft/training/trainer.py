@@ -21,9 +21,11 @@ from mmpeft.data.batching import BlankedDataset
 from mmpeft.data.stream_mixture import Stream
 from mmpeft.families.registry import family_of
 from mmpeft.methods.plan import base_name
+from mmpeft.models.context_parallel import parts_of_layers
+from mmpeft.models.groups import group_of
 from mmpeft.models.positions import with_positions
 from mmpeft.models.sharded import is_sharded
-from mmpeft.models.tensor_parallel import partial_parameters, tensor_parallel_of
+from mmpeft.models.tensor_parallel import partial_parameters
 from mmpeft.models.tree_attention import check_attention
 from mmpeft.training.ahead import ReadAhead, taken_ahead
 from mmpeft.training.callbacks import EndOfReading, EpochOfData
@@ -75,7 +77,7 @@ class MultimodalTrainer(CheckpointingTrainer):
     Attributes:
         averages: whether gradients are averaged over processes behind the last backward of a step; False for a single
             process, and where DDP (of a model that trains in place) or DeepSpeed does it.
-        together: processes that run the same samples, each with its share of the language model's matrices.
+        together: processes that run the same samples, each with its share of the language model's matrices or tokens.
         share: which samples of each step this process takes.
         proved_whole: a checkpoint whose files were read and found whole already, so that resuming does not read them
             again.
@@ -112,8 +114,8 @@ class MultimodalTrainer(CheckpointingTrainer):
         with optimizer_whole(given):
             super().__init__(*args, **kwargs)
         self.averages = self.args.world_size > 1 and isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled
-        parallel = tensor_parallel_of(self.model)
-        self.together = parallel.together if parallel else 1
+        group = group_of(self.model)
+        self.together = group.together if group else 1
         self.share = Share(world=self.args.world_size // self.together, rank=self.args.process_index // self.together)
         # So that the Trainer does not wrap it: what trains in an adapter is small, and its gradients are averaged here.
         self.is_distributed_loading_by_transformers = self.averages or is_sharded(self.model)
@@ -228,7 +230,7 @@ class MultimodalTrainer(CheckpointingTrainer):
         )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """The Trainer's own; processes that share matrices out go through all of it together."""
+        """The Trainer's own; processes that run the same samples go through all of it together."""
         if self.together == 1:
             return super().get_eval_dataloader(*args, **kwargs)
         prepare, self.accelerator.prepare = self.accelerator.prepare, _as_it_is
@@ -320,7 +322,7 @@ class MultimodalTrainer(CheckpointingTrainer):
         """
         # Walked once, not at each step: an adapter is a small part of the parameters.
         self._averaged = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._in_parts = partial_parameters(model)
+        self._in_parts = [*partial_parameters(model), *parts_of_layers(model)]
         for parameter in self._averaged if self.averages else ():
             torch.distributed.broadcast(parameter.data, src=0)
 

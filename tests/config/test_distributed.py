@@ -28,6 +28,8 @@ def test_a_name_is_short_for_a_block_and_nothing_means_auto():
         ({"strategy": "zero2", "offloading": "all"}, "unknown key; did you mean 'offload'?"),
         ({"strategy": "zero2", "tensor_parallel": 2}, "tensor_parallel: is for ddp; this stage has zero2"),
         ({"tensor_parallel": 0}, "tensor_parallel"),
+        ({"strategy": "zero3", "context_parallel": 2}, "context_parallel: is for ddp and fsdp2; this stage has zero3"),
+        ({"context_parallel": 2, "tensor_parallel": 2}, "context_parallel: and tensor_parallel exclude each other"),
         (3, "distributed"),
     ],
 )

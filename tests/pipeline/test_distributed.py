@@ -20,6 +20,8 @@ from tests.processes import TORCHRUN, accelerate, command, environment, figures,
 from tests.project import make_mostly_text, write_project
 
 MATRICES = "{tensor_parallel: 2}"
+TOKENS = "{context_parallel: 2}"
+TOKENS_AND_LAYERS = "{strategy: fsdp2, context_parallel: 2}"
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +101,18 @@ def test_every_way_of_sharing_and_of_launching_follows_one_process(project, firs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [("ddp", "fsdp2"), ("zero2", "zero3"), ("ddp", MATRICES)])
+@pytest.mark.parametrize(
+    ("first", "second"), [("ddp", "fsdp2"), ("zero2", "zero3"), (TOKENS, MATRICES), ("fsdp2", TOKENS_AND_LAYERS)]
+)
 def test_four_processes_that_cannot_share_a_step_evenly_follow_one(project, first, second):
-    output = shared(project, f"four-{first}-{len(second)}", first, second, processes=4)
+    output = shared(project, f"four-{len(first)}-{len(second)}", first, second, processes=4)
     assert_same_as_one(output, project)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2", MATRICES])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2", MATRICES, TOKENS_AND_LAYERS])
 def test_packed_rows_and_kept_features_follow_one_process(project, strategy):
-    name = strategy.strip("{}").replace(": ", "")
+    name = strategy.strip("{}").replace(": ", "").replace(", ", "-")
     cache = project.parent / f"cache-{name}"
     output = shared(
         project,
@@ -131,6 +135,19 @@ def test_two_processes_share_matrices_and_follow_one(project):
     """Each takes all samples: the third step's six of an epoch are no multiple of anything."""
     output = shared(project, "tensor", "ddp", MATRICES, "stages.1.trainer={eval_strategy: steps}")
     assert_same_as_one(output, project)
+
+
+@pytest.mark.slow
+def test_two_processes_share_tokens_and_follow_one(project):
+    """Each has half of the tokens of every sample, as a launcher's `ParallelismConfig` says."""
+    told = {
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_CP_SIZE": "2",
+        "PARALLELISM_CONFIG_CP_BACKEND": "torch",
+    }
+    output = shared(project, "tokens", "auto", "auto", "stages.1.trainer={eval_strategy: steps}", env=told)
+    assert_same_as_one(output, project)
+    assert [stage["shared_as"] for stage in figures(output)] == ["context_parallel: 2"] * 2
 
 
 @pytest.mark.slow
@@ -170,7 +187,7 @@ def test_the_planner_shares_what_does_not_fit(project, tmp_path):
     output = shared(project, "planned", "auto", "auto", env={"PYTHONPATH": str(tmp_path)})
     assert_same_as_one(output, project)
     rows = read_json(output / "plan.json")["stages"]
-    assert [row["distributed"]["as"]["tensor_parallel"] for row in rows] == [2, 2]
+    assert [row["distributed"]["as"]["context_parallel"] for row in rows] == [2, 2]
 
 
 @pytest.mark.slow

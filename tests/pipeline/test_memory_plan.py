@@ -100,17 +100,21 @@ def test_every_device_says_where_its_figures_come_from():
     assert all(facts.source and facts.memory > 2**34 for facts in DEVICES.values())
 
 
-def test_a_share_of_matrices_is_rehearsed_as_well(tmp_path):
+def test_a_share_of_matrices_or_tokens_is_rehearsed_as_well(tmp_path):
     path = write_project(tmp_path)
     recipe = Recipe.from_yaml(path).to_dict()
     found = []
-    for distributed in ("ddp", {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": False}):
+    alone = {"tensor_parallel": 2, "sequence_parallel": False}
+    for distributed in ("ddp", {"tensor_parallel": 2}, alone, {"context_parallel": 2}):
         recipe["stages"][1]["distributed"] = distributed
         found.append(plan(Recipe.from_dict(recipe), processes=2)[1]["memory"])
-    assert [memory["how"] for memory in found] == ["rehearsed"] * 3
-    whole, tokens, matrices = found
+    assert [memory["how"] for memory in found] == ["rehearsed"] * 4
+    whole, tokens, matrices, context = found
     assert tokens["weights"] == matrices["weights"] < whole["weights"]
     assert tokens["activations"] < matrices["activations"]
+    assert context["weights"] == whole["weights"]
+    # What lies outside the layers is that of all tokens.
+    assert context["activations"] < 0.8 * whole["activations"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -247,6 +247,16 @@ def test_a_stage_that_did_not_end_says_so(run, status, said):
     assert said in page_of(run).text
 
 
+def test_a_stage_of_several_processes_says_how_they_shared_it(run):
+    path = run / "stages" / "02-language" / "stage.json"
+    state = read_json(path)
+    state["figures"] |= {"processes": 4, "shared_as": "fsdp2 with context_parallel: 2"}
+    write_json(path, state)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "language: 4 processes, fsdp2 with context_parallel: 2." in text
+    assert "projector: 4 processes" not in text
+
+
 def test_a_resumed_stage_says_so(run):
     edit(run / "stages/02-language/stage.json", lambda state: state.update(resumed_from=30))
     assert "Stage language was resumed from the checkpoint of step 30" in page_of(run).text

@@ -28,30 +28,39 @@ def test_there_is_always_a_way_and_a_warning_where_none_fits(project, monkeypatc
     nothing = planned(project, monkeypatch, 1)[-1]["distributed"]
     assert nothing["as"] == DistributedConfig(strategy="fsdp2", offload="all").model_dump()
     tried = nothing["why"]
-    order = [tried.index(f"{name} takes") for name in ("ddp", "fsdp2", "tensor_parallel: 2", "fsdp2 with offload: all")]
+    ways = "ddp", "fsdp2", "context_parallel: 2", "tensor_parallel: 2", "fsdp2 with offload: all"
+    order = [tried.index(f"{name} takes") for name in ways]
     assert order == sorted(order)
     assert "tensor_parallel: 4" not in tried  # It has two key-value heads.
     assert "no way to share it over 4 processes fits" in caplog.text
 
 
-@pytest.mark.parametrize(("room", "way", "processes"), [(10, "ddp", 4), (9, "fsdp2", 4), (5, "tensor_parallel: 2", 2)])
+@pytest.mark.parametrize(
+    ("room", "way", "processes"),
+    [(10, "ddp", 4), (9, "fsdp2", 4), (8, "fsdp2 with context_parallel: 4", 1), (5, "tensor_parallel: 2", 2)],
+)
 def test_the_first_that_fits_is_taken(project, monkeypatch, room, way, processes):
     sizes = {"ddp": 10, "fsdp2": 9, "tensor_parallel: 2": 5, "fsdp2 with offload: all": 4}
-    monkeypatch.setattr(sharing_plan, "_peak", lambda given, way, count: sizes[way.describe()])
+    sizes["fsdp2 with context_parallel: 4"] = 8
+    monkeypatch.setattr(sharing_plan, "_peak", lambda given, way, count: sizes.get(way.describe(), 9.5))
     row = planned(project, monkeypatch, room)[-1]
     assert DistributedConfig.model_validate(row["distributed"]["as"]).describe() == way
     assert row["batch"]["processes"] == processes
 
 
 def test_sharing_takes_less_in_the_order_that_it_is_tried(project, monkeypatch):
-    peaks = []
+    peaks = {}
     real = sharing_plan._peak
-    monkeypatch.setattr(sharing_plan, "_peak", lambda *given: peaks.append(real(*given)) or peaks[-1])
+
+    def kept(given, way, processes):
+        return peaks.setdefault(way.describe(), real(given, way, processes))
+
+    monkeypatch.setattr(sharing_plan, "_peak", kept)
     planned(project, monkeypatch, 1)
-    ddp, fsdp2, tensor, offloaded = peaks[-4:]
     # Two layers are all that it has, and under fsdp2 both are whole while one runs.
-    assert ddp == fsdp2 > offloaded
-    assert tensor < ddp
+    assert peaks["ddp"] == peaks["fsdp2"] > peaks["fsdp2 with offload: all"]
+    assert peaks["context_parallel: 4"] < peaks["context_parallel: 2"] < peaks["ddp"]
+    assert peaks["tensor_parallel: 2"] < peaks["ddp"]
 
 
 def test_a_tower_in_full_is_shared_by_its_optimizer(project, monkeypatch):

@@ -10,7 +10,7 @@ from mmpeft.config.shipped import find_recipe
 from mmpeft.core.errors import RecipeError
 from mmpeft.pipeline.arguments import data_processes
 from mmpeft.pipeline.launch import processes_to_start
-from mmpeft.pipeline.strategy import launcher_strategy, pick_strategy
+from mmpeft.pipeline.strategy import launcher_strategy, pick_strategy, told
 
 STAGE = {"name": "one", "train": {"projector": "full"}}
 
@@ -23,7 +23,16 @@ def recipe(distributed=None, **keys):
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_DEEPSPEED", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_")):
+        if name.startswith(
+            (
+                "ACCELERATE_DEEPSPEED",
+                "ACCELERATE_USE_DEEPSPEED",
+                "ACCELERATE_USE_FSDP",
+                "FSDP_",
+                "ACCELERATE_USE_PARALLEL",
+                "PARALLELISM_CONFIG_",
+            )
+        ):
             monkeypatch.delenv(name)
     launcher_strategy.cache_clear()
     yield
@@ -98,6 +107,51 @@ def test_launchers_settings_and_shared_matrices_exclude_each_other(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="is for ddp, and the launcher's settings say fsdp2"):
         pick_strategy(recipe({"tensor_parallel": 2}).stages[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ({"TP": 2}, {"tensor_parallel": 2}),
+        ({"CP": 4}, {"context_parallel": 4}),
+        ({"SP": 2, "DP_SHARD": 4}, {"strategy": "fsdp2", "context_parallel": 2}),
+        ({"DP_REPLICATE": 2, "DP_SHARD": 2}, {"strategy": "fsdp2"}),
+    ],
+)
+def test_accelerates_parallelism_config_is_read_and_taken(monkeypatch, sizes, found):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", str(size))
+    expected = DistributedConfig(**{"strategy": "ddp", **found})
+    assert told(recipe().stages[0]) == expected
+    assert data_processes(recipe().stages[0], 8) == 8 // expected.together
+    assert not any(name.startswith(("PARALLELISM_CONFIG_", "ACCELERATE_USE_PARALLEL")) for name in os.environ)
+    # What a stage says of its own goes before it.
+    assert told(recipe("zero2").stages[0]).strategy == "zero2"
+
+
+def test_launchers_parallelism_that_excludes_itself_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for name in ("TP", "CP"):
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"the launcher's settings.*exclude each other"):
+        launcher_strategy()
+
+
+def test_shared_tokens_go_with_shared_layers_and_not_with_deepspeed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    stage = recipe({"context_parallel": 2}).stages[0]
+    assert told(stage) == DistributedConfig(strategy="fsdp2", context_parallel=2)
+    assert told(stage).describe() == "fsdp2 with context_parallel: 2"
+    launcher_strategy.cache_clear()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RecipeError, match="is for ddp and fsdp2, and the launcher's settings say zero2"):
+        told(stage)
+    launcher_strategy.cache_clear()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    whole = recipe(stages=[STAGE | {"train": {"vision": "full"}, "distributed": {"context_parallel": 2}}]).stages[0]
+    with pytest.raises(RecipeError, match="context_parallel: is for adapters"):
+        pick_strategy(whole)
 
 
 def test_processes_are_started_where_a_recipe_asks_and_nobody_has(monkeypatch):
