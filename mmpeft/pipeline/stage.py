@@ -232,9 +232,7 @@ def run_stage(
             f"stopped after step {trainer.state.global_step} of {steps} of stage {stage.name!r}; "
             "its checkpoint is written, and the same command goes on from there"
         )
-    figures = _figures(trainer, prepared.plan, seconds=time.perf_counter() - begin)
-    if (processes := PartialState().num_processes) > 1:
-        figures |= {"processes": processes, "shared_as": pick_strategy(stage).describe()}
+    figures = {**_figures(trainer, prepared.plan, seconds=time.perf_counter() - begin), **_sharing(stage)}
     if memory is not None:
         figures["memory"] = memory.compare(trainer.args.device.type)
     found = [feature_speedup(trainer, kept), worker_speedup(trainer, served, figures), texts.speedup(trainer)]
@@ -331,6 +329,12 @@ def _figures(trainer: MultimodalTrainer, plan: TrainingPlan, *, seconds: float) 
         "total_parameters": plan.total,
         **({"skipped": [vars(sample) for sample in trainer.skips.skipped]} if trainer.skips is not None else {}),
     }
+
+
+def _sharing(stage: StageConfig) -> dict[str, Any]:
+    """How several processes shared a stage."""
+    processes = PartialState().num_processes
+    return {"processes": processes, "shared_as": pick_strategy(stage).describe()} if processes > 1 else {}
 
 
 def _write_result(stage: StageConfig, prepared: PreparedStage, folder: StageDirectory) -> None:

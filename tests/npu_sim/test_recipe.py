@@ -17,7 +17,7 @@ from mmpeft.models.resting import RestingTowers
 from mmpeft.training.callbacks import read_metrics
 from tests.npu_sim.process import simulated
 from tests.npu_sim.reports import own_reads, reads, reports, without_a_kernel
-from tests.pipeline.test_distributed import assert_same_as_one
+from tests.pipeline.test_distributed import TOKENS_AND_LAYERS, assert_same_as_one
 from tests.processes import command, environment, figures, losses, run_recipe
 from tests.project import write_project
 
@@ -181,14 +181,15 @@ def test_micro_batches_are_copied_on_a_stream_of_their_own_and_streams_wait(ran)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "second"), [("ddp", "ddp"), ("zero2", "fsdp2"), ("fsdp2", "zero2"), ("zero1", "zero3")]
+    ("first", "second"),
+    [("ddp", "ddp"), ("zero2", "fsdp2"), ("fsdp2", "zero2"), ("zero1", "zero3"), ("ddp", TOKENS_AND_LAYERS)],
 )
 def test_two_processes_follow_one(project, npu_library, first, second):
     """Over simulated HCCL."""
     output, seen = on_npu(
         project,
         npu_library,
-        f"two-{first}-{second}",
+        f"two-{first}-{len(second)}",
         "processes=2",
         f"stages.0.distributed={first}",
         f"stages.1.distributed={second}",
