@@ -37,6 +37,8 @@ class OnnxGraph:
         self._runtime = require("onnxruntime", extra=EXTRA)
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # A graph's idle threads would keep cores busy that the next graph, and torch, compute on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not file.is_file():
             raise ModelError(f"{file}: not there; export or copy the model again")
         try:

@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
 
 from mmpeft.core.errors import ModelError
 from mmpeft.export.w8a8 import quantize_rows
+from mmpeft.models.tree_attention import attending_by
 
 EMBEDDING, DECODER, HEAD, VISION = "embedding", "decoder", "head", "vision"
 
 _FULL = "full_attention"
+
+_ATTENTION = "mmpeft_onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +70,11 @@ class _Int8Embedding(nn.Module):
 
 
 class _Decoder(nn.Module):
+    """Attention is ONNX's own, which reads keys and values as they are, however many heads share them."""
+
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder: Any = decoder
 
     def forward(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: Any
@@ -76,16 +82,35 @@ class _Decoder(nn.Module):
         cache = DynamicCache()
         for number, (keys, values) in enumerate(past):
             cache.update(keys, values, number)
-        output = self.decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=True,
-        )
+        AttentionInterface.register(_ATTENTION, _attention)
+        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        with attending_by(self.decoder, _ATTENTION):
+            output = self.decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=True,
+            )
         layers: Any = cache.layers
         present = [[layer.keys, layer.values] for layer in layers]
         return {"last_hidden_state": output.last_hidden_state, "present": present}
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Of transformers' `AttentionInterface`, as one operator."""
+    if attention_mask is None:
+        raise ModelError("a decoder is traced with its mask")
+    found = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
+    return found.transpose(1, 2).contiguous(), None
 
 
 class _Head(nn.Module):
