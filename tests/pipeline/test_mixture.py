@@ -93,7 +93,8 @@ def test_another_weight_or_another_sample_of_any_source_trains_again(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_samples_that_are_left(tmp_path):
     """Twenty epochs of three steps, each with other samples of the first source."""
-    stages = [{**STAGE[0], "max_steps": 60, "trainer": {"save_steps": 5}}]
+    dropping = {"projector": "full", "language": {"r": 4, "lora_dropout": 0.2}}
+    stages = [{**STAGE[0], "train": dropping, "max_steps": 60, "trainer": {"save_steps": 5}}]
     run(project(tmp_path / "a", WEIGHTED, stages=stages))
     broken = project(tmp_path / "b", WEIGHTED, stages=stages)
     stage = tmp_path / "b" / "run" / "stages" / "01-language"

@@ -104,6 +104,9 @@ def record(output):
     return next(each for each in stage["speedups"] if each["name"] == "compute.checkpointing")
 
 
+FOUR_THEN_TWO = ["micro-batches of 4 samples", "micro-batches of 2 samples"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "at", "where", "fits", "again"),
@@ -114,10 +117,13 @@ def record(output):
         ("zero3", 0, "forward", 2, ["micro-batches of 2 samples"]),
         ("fsdp2", 0, "backward", 2, ["micro-batches of 2 samples"]),
         ("fsdp2", 5, "forward", 2, ["micro-batches of 2 samples"]),
+        # Both have all samples of a step.
+        ("{tensor_parallel: 2}", 5, "backward", 2, FOUR_THEN_TWO),
+        ("{strategy: fsdp2, context_parallel: 2}", 0, "forward", 2, FOUR_THEN_TWO),
     ],
 )
 def test_a_stage_begins_again_with_smaller_micro_batches(project, strategy, at, where, fits, again):
-    name = f"{strategy}-{at}"
+    name = f"{strategy.partition(':')[0].strip('{')}-{at}-{where}"
     done = run_as(project, name, strategy, 2, env=lacking(project, at=at, fits=fits, where=where))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr

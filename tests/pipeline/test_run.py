@@ -242,12 +242,24 @@ def test_a_kill_leaves_a_run_that_resumes_to_the_same_weights(tmp_path, uninterr
     assert all(torch.equal(got[name], tensor) for name, tensor in uninterrupted.items())
 
 
+def packed_and_changed(folder):
+    """The same with packed rows, samples on one picture together, and samples that change from epoch to epoch."""
+    data = yaml.safe_load(write_project(folder).read_text(encoding="utf-8"))["data"]
+    augment = {"crop": {"area": [0.3, 0.9]}, "flip": True, "paraphrase": {"bright?": ["light?", "is it bright?"]}}
+    batch = {"size": 8, "packing": True, "share_media": True}
+    return write_project(folder, stages=SLOW_STAGE, batch=batch, data={**data, "augment": augment})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_kills_at_random_moments_leave_the_same_weights(tmp_path, uninterrupted):
+def test_twenty_kills_at_random_moments_leave_the_same_weights(tmp_path):
     """Loading, training or in the middle of a checkpoint: each run is killed a few times, until one comes through."""
+    run(packed_and_changed(tmp_path / "whole"))
+    uninterrupted = weights(tmp_path / "whole")
+    speedups = read_json(tmp_path / "whole/run/stages/01-projector/stage.json")["figures"]["speedups"]
+    assert {"batch.packing", "batch.share_media"} <= {each["name"] for each in speedups if each["on"]}
     moments = random.Random(0)
-    path, kills, folder = write_project(tmp_path / "0", stages=SLOW_STAGE), 0, tmp_path / "0"
+    path, kills, folder = packed_and_changed(tmp_path / "0"), 0, tmp_path / "0"
     while kills < 20:
         process = subprocess.Popen(
             command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -262,7 +274,7 @@ def test_twenty_kills_at_random_moments_leave_the_same_weights(tmp_path, uninter
         assert process.returncode == 0, errors
         _same(weights(folder), uninterrupted)
         folder = tmp_path / str(kills)
-        path = write_project(folder, stages=SLOW_STAGE)
+        path = packed_and_changed(folder)
     run(path)
     _same(weights(folder), uninterrupted)
 

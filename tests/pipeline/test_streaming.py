@@ -19,6 +19,8 @@ from tests.processes import accelerate, run_recipe
 from tests.project import TWO_STAGES, write_project
 
 STAGE = {**TWO_STAGES[1], "max_steps": 6}
+DROPPING = {"projector": "full", "language": {"r": 4, "lora_dropout": 0.2}}
+"""Dropout draws from the process's generator: who takes a number more from it has other weights."""
 
 
 def project(folder, *, stages=(STAGE,), change=None, batch=None, **data):
@@ -82,7 +84,7 @@ def test_two_processes_have_the_losses_of_one_and_workers_change_nothing(tmp_pat
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_with_the_samples_that_are_left(tmp_path):
     """Twenty epochs of three steps, the last of each smaller, in an order drawn with a buffer."""
-    stage = {**STAGE, "max_steps": 60, "trainer": {"save_steps": 5}}
+    stage = {**STAGE, "train": DROPPING, "max_steps": 60, "trainer": {"save_steps": 5}}
     whole = project(tmp_path / "a", stages=[stage], shuffle_buffer=9)
     run(whole)
     broken = project(tmp_path / "b", stages=[stage], shuffle_buffer=9)
@@ -223,7 +225,7 @@ def test_several_sources_stream_with_their_weights(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
 
-    long = {"max_steps": 60, "trainer": {"save_steps": 5}}
+    long = {"train": DROPPING, "max_steps": 60, "trainer": {"save_steps": 5}}
     run(mixed(tmp_path / "c", **long))
     broken = mixed(tmp_path / "d", **long)
     process = start_and_wait_for(broken, tmp_path / "d/run/stages/01-language/metrics.jsonl", 13)
