@@ -55,9 +55,13 @@ watching.start()
 prepared = prepare_stage(recipe, recipe.stages[0], StageStart(base=base, carried={}), seed=0)
 ended.set()
 watching.join()
-# Shares of fsdp2 are pages of the file. Those that the system maps beside them, and takes back when it likes, are not
-# counted; in zero3 the first process maps the whole file so.
-mapped = sum(weight.to_local().nbytes for weight in prepared.model.parameters() if hasattr(weight, "to_local"))
+# Shares of fsdp2 may be pages of the file, as transformers and the system have it. Those that the system maps beside
+# them, and takes back when it likes, are not counted; in zero3 the first process maps the whole file so.
+with open("/proc/self/maps") as file:
+    maps = [line.split()[0].split("-") for line in file if line.rstrip().endswith(".safetensors")]
+files = [range(*(int(bound, 16) for bound in bounds)) for bounds in maps]
+shares = [weight.to_local() for weight in prepared.model.parameters() if hasattr(weight, "to_local")]
+mapped = sum(share.nbytes for share in shares if any(share.data_ptr() in file for file in files))
 for process in range(state.num_processes):
     if process == state.process_index:
         print("bytes", peak - before + mapped, flush=True)
