@@ -22,10 +22,10 @@ TWO_STAGES = [
 ]
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, *, hidden: int = 32) -> Path:
     """A tiny LLaVA with its processor, as an ordinary model directory."""
     processor = tiny_processor()
-    model = tiny_llava(processor)
+    model = tiny_llava(processor, hidden=hidden)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)

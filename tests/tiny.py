@@ -78,10 +78,10 @@ def tiny_clip_config() -> CLIPVisionConfig:
     )
 
 
-def tiny_llama_config(vocab_size: int) -> LlamaConfig:
+def tiny_llama_config(vocab_size: int, hidden: int = 32) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -104,13 +104,15 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
     return LlamaForCausalLM(tiny_llama_config(len(tokenizer))).eval()
 
 
-def tiny_llava(processor: LlavaProcessor | None = None, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A two-layer LLaVA: CLIP tower at 16 px (4 picture tokens), Llama with 32 channels."""
+def tiny_llava(
+    processor: LlavaProcessor | None = None, seed: int = 0, hidden: int = 32
+) -> LlavaForConditionalGeneration:
+    """A two-layer LLaVA: CLIP tower at 16 px (4 picture tokens), Llama with `hidden` channels."""
     processor = processor or tiny_processor()
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=tiny_clip_config().to_dict(),
-        text_config=tiny_llama_config(len(processor.tokenizer)).to_dict(),
+        text_config=tiny_llama_config(len(processor.tokenizer), hidden).to_dict(),
         image_token_index=processor.image_token_id,
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,

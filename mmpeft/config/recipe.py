@@ -242,6 +242,8 @@ class Recipe(Block):
     """`auto`, `cpu`, `cuda` or `npu`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base model's weights; `auto` is the checkpoint's own on accelerators and float32 on CPU."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """What the language model's frozen matrices are held in, by bitsandbytes, while adapters train on them (QLoRA)."""
     trust_remote_code: bool = False
     hub: HubConfig | None = None
     """Where the result is pushed when the run is done; default: nowhere."""
@@ -251,6 +253,28 @@ class Recipe(Block):
         names = [stage.name for stage in self.stages]
         repeated = {name for name in names if names.count(name) > 1} | {"before", "after"}.intersection(names)
         raise_all([("stages", f"the name {name!r} is taken; give each stage its own") for name in sorted(repeated)])
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_are_frozen_and_whole(self) -> "Recipe":
+        if self.quantization == "none":
+            return self
+        full = [
+            (f"stages.{stage.name}.train.{part}", f"full writes a whole model, and quantization is {self.quantization}")
+            for stage in self.stages
+            for part in ("vision", "audio", "language")
+            if stage.train.get(part) == "full"
+        ]
+        shared = [
+            (
+                f"stages.{stage.name}.distributed",
+                f"{stage.distributed.describe()} shares out weights or states, and those of quantization: "
+                f"{self.quantization} are whole in each process; use ddp or context_parallel",
+            )
+            for stage in self.stages
+            if stage.distributed.strategy not in ("auto", "ddp") or stage.distributed.tensor_parallel > 1
+        ]
+        raise_all([*full, *shared])
         return self
 
     @model_validator(mode="after")

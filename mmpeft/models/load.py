@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from mmpeft.models.checkpoints import check_complete, check_name, load_weights, 
 from mmpeft.models.devices import pick_device, pick_dtype
 from mmpeft.models.modeling_composed import ComposedConfig
 from mmpeft.models.pixels import limit_pixels
+from mmpeft.models.quantized import Quantization, made_trainable, quantization_config
 from mmpeft.models.sharded import SharedOut, Sharing, is_sharded, place_whole
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def load_model(
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
     sharing: Sharing | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[Any, Any]:
     """A model and its processor.
 
@@ -70,6 +73,7 @@ def load_model(
         max_pixels: most pixels of a picture that the processor keeps, saved with it; default: its own limit.
         trust_remote_code: whether code that comes with the checkpoint may run. Composed models need none here.
         sharing: share its layers out over processes; default: this one has the whole model.
+        quantization: read the language model's matrices in 8 or 4 bits: `int8`, `nf4` (`mmpeft[quant]`).
 
     Returns:
         The model in eval mode, a `PeftModel` if there is an adapter; and the processor, the adapter's own if it
@@ -88,7 +92,8 @@ def load_model(
         folder = resolve_adapter(base)
         base = adapter_base(folder)
     try:
-        model = _load_base(base, dtype=precision, trust_remote_code=trust_remote_code, sharing=sharing)
+        how = _How(trust_remote_code=trust_remote_code, sharing=sharing, quantization=quantization, device=target)
+        model = _load_base(base, dtype=precision, how=how)
     except ModelError as error:
         if folder is None or adapter is not None:
             raise
@@ -98,7 +103,7 @@ def load_model(
         ) from error
     if is_sharded(model):
         place_whole(model, target)
-    elif not is_deepspeed_zero3_enabled():
+    elif quantization is None and not is_deepspeed_zero3_enabled():
         cast(nn.Module, model).to(target)
     processor = load_processor(base, adapter=folder, max_pixels=max_pixels, trust_remote_code=trust_remote_code)
     return (model if folder is None else attach_adapter(model, folder)), processor
@@ -200,25 +205,45 @@ def resolve_adapter(name: str) -> Path:
     return folder
 
 
-def _load_base(
-    name: str, *, dtype: torch.dtype | str, trust_remote_code: bool, sharing: Sharing | None
-) -> PreTrainedModel:
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """How a base is read, beside its precision."""
+
+    trust_remote_code: bool
+    sharing: Sharing | None
+    quantization: Quantization | None
+    device: torch.device
+
+
+def _load_base(name: str, *, dtype: torch.dtype | str, how: _How) -> PreTrainedModel:
     check_name(name)
     with reading(name, "model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=how.trust_remote_code)
     loader = _loader(config, name)
-    if sharing is not None:
+    options: dict[str, Any] = {}
+    if how.sharing is not None:
         mapping = getattr(loader, "_model_mapping", None)
-        loader = SharedOut(loader if mapping is None else _get_model_class(config, mapping), sharing)
+        loader = SharedOut(loader if mapping is None else _get_model_class(config, mapping), how.sharing)
+    if how.quantization is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(f"{name}: is quantized already; leave `quantization` out")
+        with reading(name, "model"), torch.device("meta"):
+            skeleton = auto_class(config, name).from_config(config, trust_remote_code=how.trust_remote_code)
+        products = dtype if isinstance(dtype, torch.dtype) else None
+        settings = quantization_config(skeleton, how.quantization, dtype=products)
+        options = {"quantization_config": settings, "device_map": {"": how.device}}
     model, missing = load_weights(
         loader,
         name,
         kind="vision-language model",
         dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=how.trust_remote_code,
         config=config,
+        **options,
     )
     check_complete(name, missing)
+    if how.quantization is not None:
+        made_trainable(model)
     return model
 
 

@@ -14,6 +14,7 @@ from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.compose import compose_model
 from mmpeft.models.devices import pick_dtype
 from mmpeft.models.load import FACTS_NAME, auto_class
+from mmpeft.models.quantized import Quantization
 from mmpeft.pipeline.facts import versions
 
 logger = logging.getLogger(__name__)
@@ -72,3 +73,8 @@ def skeleton(base: str, *, trust_remote_code: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return auto_class(config, base).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def quantization_of(recipe: Recipe) -> Quantization | None:
+    """What `load_model` takes."""
+    return None if recipe.quantization == "none" else recipe.quantization

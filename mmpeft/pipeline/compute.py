@@ -71,6 +71,8 @@ def why_uncompiled(recipe: Recipe, model: Any, args: TrainingArguments, *, sampl
     obstacle = (
         "layers run twice with activation checkpointing"
         if args.activation_checkpointing
+        else f"weights are in {recipe.quantization}"
+        if recipe.quantization != "none"
         else "weights are spread over processes"
         if weights_spread(model, args)
         else uncompilable(model, device)

@@ -104,6 +104,7 @@ def stage_hash(recipe: Recipe, stage: StageConfig, *, data: str, before: str) ->
             "balance": recipe.batch.balance,
             "seed": recipe.seed,
             "dtype": recipe.dtype,
+            **_quantization(recipe),
             "versions": {name: version for name, version in versions().items() if name != "datasets"},
         }
     )
@@ -113,4 +114,9 @@ def evaluation_hash(recipe: Recipe, *, data: str, model: str) -> str:
     """Of one evaluation: `model` is the hash of the stage, or base model, that answers."""
     # Answers are the same with and without them.
     wanted = recipe.evaluate.model_dump(mode="json", exclude={"share_media", "share_weights"})
-    return hash_value([wanted, recipe.data.max_pixels, data, model])
+    return hash_value([wanted, recipe.data.max_pixels, data, model, *_quantization(recipe).values()])
+
+
+def _quantization(recipe: Recipe) -> dict[str, str]:
+    """In a hash only where there is one, so that what was made before there was the key stays valid."""
+    return {} if recipe.quantization == "none" else {"quantization": recipe.quantization}

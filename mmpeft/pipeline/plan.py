@@ -105,7 +105,7 @@ def plan_stages(recipe: Recipe, inputs: PlanInputs) -> list[dict[str, Any]]:
             given = replace(given, stage=stage, batch=batch)
             sharing = {"distributed": {"name": strategy.describe(), "as": strategy.model_dump(), "why": why}}
         model, dtype = model_of(given)
-        own = held(model, dtype)
+        own = replace(held(model, dtype), quantized=recipe.quantization != "none")
         steps = count_steps(stage, inputs.samples, batch.size)
         given, automatic = (given, {}) if inputs.apart else _with_budget(given, inputs, own)
         planned = _about(model, steps, batch) >= inputs.least

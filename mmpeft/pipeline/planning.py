@@ -19,9 +19,10 @@ from mmpeft.data.stream_mixture import Stream
 from mmpeft.methods.attach import get_peft_model
 from mmpeft.models.base import base_of
 from mmpeft.models.context_parallel import ContextParallel, share_tokens
+from mmpeft.models.quantized import quantizable, spared_bytes
 from mmpeft.models.tensor_parallel import TensorParallel, share_adapters, share_layers
 from mmpeft.pipeline.arguments import Batch, count_steps
-from mmpeft.pipeline.base import base_precision, skeleton, stored_precision
+from mmpeft.pipeline.base import base_precision, quantization_of, skeleton, stored_precision
 from mmpeft.pipeline.data import TrainData
 from mmpeft.pipeline.features import expects_features
 from mmpeft.pipeline.memory_plan import LOST_ON_ACCELERATOR, LOST_ON_CPU, Held, MemoryPlan, Sizes, formula, shared
@@ -102,7 +103,8 @@ def plan_memory(given: Given, *, tokens: int | None = None, overhead: int | None
         logger.debug("the rehearsal", exc_info=True)
         return estimate_memory(given, model_of(given)[0], dtype, overhead=overhead, why=why, tokens=tokens)
     weights = sum(weight.nbytes for weight in model.parameters())
-    return plan_of(found, accelerated=accelerated, overhead=overhead, read=_read(given, dtype, weights))
+    plan = plan_of(found, accelerated=accelerated, overhead=overhead, read=_read(given, dtype, weights))
+    return _quantized(given, dtype, plan)
 
 
 def estimate_memory(
@@ -130,7 +132,27 @@ def estimate_memory(
         samples=given.batch.micro,
         tokens=tokens or given.batch.tokens or given.batch.micro * longest,
     )
-    return formula(sizes, why=why, accelerated=PartialState().device.type != "cpu", overhead=overhead)
+    plan = formula(sizes, why=why, accelerated=PartialState().device.type != "cpu", overhead=overhead)
+    return _quantized(given, dtype, plan)
+
+
+def _quantized(given: Given, dtype: torch.dtype, plan: MemoryPlan) -> MemoryPlan:
+    """The plan with the language model's matrices in 8 or 4 bits, if the recipe asks for it."""
+    kind = quantization_of(given.recipe)
+    if kind is None:
+        return plan
+    model: Any = skeleton(given.base, trust_remote_code=given.recipe.trust_remote_code)
+    spared = spared_bytes(model, kind, dtype)
+    # While it multiplies, a matrix is there in the precision of the products.
+    largest = max(model.get_submodule(name).weight.numel() for name in quantizable(model, kind)) * dtype.itemsize
+    return replace(
+        plan,
+        weights=plan.weights - spared,
+        activations=plan.activations + largest,
+        update=max(0, plan.update - spared),
+        # Each is quantized when it has been read.
+        load=max(0, plan.load - spared),
+    )
 
 
 def _take_share(given: Given, model: Any) -> None:

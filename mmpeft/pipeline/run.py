@@ -31,7 +31,7 @@ from mmpeft.methods.checkpoint import copy_adapter
 from mmpeft.models.devices import pick_device
 from mmpeft.models.load import FACTS_NAME, load_model, load_processor
 from mmpeft.pipeline.arguments import check_trainer_blocks
-from mmpeft.pipeline.base import resolve_base, skeleton
+from mmpeft.pipeline.base import quantization_of, resolve_base, skeleton
 from mmpeft.pipeline.cutting import measure
 from mmpeft.pipeline.data import check_media, count_samples, describe_data, describe_sources, load_held_out, load_train
 from mmpeft.pipeline.device_settings import device_settings, repeatable, set_device
@@ -341,6 +341,7 @@ class _Run:
                 dtype=self.recipe.dtype,
                 trust_remote_code=self.recipe.trust_remote_code,
                 sharing=evaluation_sharing(self.recipe, self.position.base),
+                quantization=quantization_of(self.recipe),
             )
         status = self.console.status(f"answering the held-out questions ({name}) …")
         with status, advising(ANSWER_ADVICE):

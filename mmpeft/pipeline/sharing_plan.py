@@ -73,13 +73,19 @@ def _candidates(given: Given, processes: int) -> Iterator[DistributedConfig]:
             yield DistributedConfig(strategy="zero2")
             yield DistributedConfig(strategy="zero2", offload="optimizer")
         return
-    yield DistributedConfig(strategy="fsdp2")
+    quantized = given.recipe.quantization != "none"
+    if not quantized:
+        yield DistributedConfig(strategy="fsdp2")
     # Groups that send so much are of one machine.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     degrees = [degree for degree in (2, 4, 8) if here % degree == 0]
     for degree in degrees:
         yield DistributedConfig(strategy="ddp", context_parallel=degree)
-        yield DistributedConfig(strategy="fsdp2", context_parallel=degree)
+        if not quantized:
+            yield DistributedConfig(strategy="fsdp2", context_parallel=degree)
+    if quantized:
+        # Whole in each process, which bitsandbytes needs.
+        return
     for degree in degrees:
         yield DistributedConfig(strategy="ddp", tensor_parallel=degree)
     yield DistributedConfig(strategy="fsdp2", offload="all")

@@ -47,6 +47,7 @@ from mmpeft.pipeline.arguments import (
     plan_batch,
     training_arguments,
 )
+from mmpeft.pipeline.base import quantization_of
 from mmpeft.pipeline.compute import compute_speedups, plan_compute, supervised_only
 from mmpeft.pipeline.cutting import cost_model, cut_batch, cut_speedups, plan_cut
 from mmpeft.pipeline.data import TrainData, count_samples
@@ -141,6 +142,7 @@ def prepare_stage(recipe: Recipe, stage: StageConfig, start: StageStart, *, seed
             max_pixels=recipe.data.max_pixels,
             trust_remote_code=recipe.trust_remote_code,
             sharing=sharing,
+            quantization=quantization_of(recipe),
         )
     base_dtype = model.dtype
     if start.adapter is not None and trains_tower(stage.train):

@@ -194,7 +194,16 @@ def _zero(strategy: DistributedConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading(strategy: DistributedConfig, recipe: Recipe, base: str) -> Iterator[Sharing | None]:
-    """While it lasts, `load_model` with the `sharing` that it yields gives each process what is its own of a base."""
+    """While it lasts, `load_model` with the `sharing` that it yields gives each process what is its own of a base.
+
+    Raises:
+        RecipeError: a launcher's settings share out weights that have to be whole.
+    """
+    if recipe.quantization != "none" and (strategy.strategy != "ddp" or strategy.tensor_parallel > 1):
+        raise RecipeError(
+            f"quantization: {recipe.quantization} is for ddp and context_parallel, and the launcher's settings say "
+            f"{strategy.describe()}; give its stages `distributed: ddp`, or the launcher other settings"
+        )
     if strategy.tensor_parallel > 1:
         yield Sharing(
             processes=PartialState().num_processes,
@@ -229,7 +238,7 @@ def loading(strategy: DistributedConfig, recipe: Recipe, base: str) -> Iterator[
 def evaluation_sharing(recipe: Recipe, base: str) -> Sharing | None:
     """How a base model is shared out where its answers are asked for; None where each process has the whole."""
     state, switch = PartialState(), recipe.evaluate.share_weights
-    if state.num_processes == 1 or switch is False:
+    if state.num_processes == 1 or switch is False or recipe.quantization != "none":
         return None
     sharing = Sharing(processes=state.num_processes)
     if switch is True:
