@@ -29,7 +29,7 @@ def run(path, *overrides):
     return mmpeft.run(Recipe.from_yaml(path, overrides))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_run_leaves_an_adapter_for_the_whole_base(project, tmp_path, kind):
     run(project, f"output={tmp_path / 'whole'}")
     result = run(project, f"quantization={kind}")
@@ -49,12 +49,14 @@ def test_a_run_leaves_an_adapter_for_the_whole_base(project, tmp_path, kind):
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_another_quantization_trains_again_and_the_same_does_not(project):
     assert [stage["status"] for stage in run(project).stages] == ["trained", "trained"]
     assert [stage["status"] for stage in run(project, "quantization=nf4").stages] == ["trained", "trained"]
     assert [stage["status"] for stage in run(project, "quantization=nf4").stages] == ["unchanged", "unchanged"]
 
 
+@pytest.mark.slow
 def test_evaluation_within_training_changes_nothing(project, tmp_path):
     """bitsandbytes packs four bits anew at an answer on a CPU, and backward would not go through it."""
     run(project, "quantization=nf4", f"output={tmp_path / 'alone'}")
