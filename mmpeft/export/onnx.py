@@ -25,7 +25,16 @@ from mmpeft.export.artefact import ONNX, artefact
 from mmpeft.export.merge import MergedModel
 from mmpeft.export.onnx_graph import EXTRA, check_installed
 from mmpeft.export.onnx_model import MANIFEST
-from mmpeft.export.onnx_parts import DECODER, EMBEDDING, HEAD, VISION, Part, language_parts
+from mmpeft.export.onnx_parts import (
+    DECODER,
+    EMBEDDING,
+    HEAD,
+    VISION,
+    Part,
+    is_tied,
+    language_parts,
+    tied_embedding,
+)
 from mmpeft.export.onnx_vision import vision_of
 from mmpeft.export.sources import Source, write_companions
 from mmpeft.families.registry import family_of
@@ -36,9 +45,9 @@ Precision = Literal["int8", "fp16", "fp32"]
 INLINE_BYTES = 3 * 2**29
 """Bytes of weights up to which a graph is one file; protobuf ends at 2 GB."""
 
-_BLOCK = 128
-"""Weights, and activations, that share a scale. ONNX Runtime's dynamic quantization has one for all activations of a
-prompt: on the first five layers of SmolLM2-135M outputs were 20 % off with it, and 3 % with blocks."""
+_BLOCKS = (128, 64)
+"""Weights, and activations, that share a scale, what is faster first. ONNX Runtime's dynamic quantization has one for
+all activations of a prompt: on the first five layers of SmolLM2-135M outputs were 20 % off with it, 3 % with 128."""
 
 _ATTENTION_OPSET = 23
 """The first with an operator for attention."""
@@ -132,11 +141,14 @@ def write_onnx(source: Source, model: Any, output: str | Path, settings: OnnxSet
     with artefact(output, kind=ONNX, needs=weights, sources=source.folders, facts=facts) as out:
         write_companions(source, out.folder)
         _without_code(out.folder)
-        for part in parts:
+        tied = int8 and is_tied(model)
+        for part in (part for part in parts if not (tied and part.name == EMBEDDING)):
             graph = trace(part, quantize=part.name in quantized)
             if part.name in halved[settings.precision]:
                 _halve(graph)
-            sizes[part.name] = _save(graph, out.folder / f"{part.name}.onnx")
+            sizes[part.name] = _save(graph, out.folder / f"{part.name}.onnx", beside=tied and part.name == HEAD)
+        if tied:
+            sizes[EMBEDDING] = _save_tied(out.folder, model.config.get_text_config().hidden_size)
         files = {part.name: f"{part.name}.onnx" for part in parts}
         write_json(
             out.folder / MANIFEST, {"family": family, "precision": settings.precision, "graphs": files, "version": 1}
@@ -166,9 +178,32 @@ def trace(part: Part, *, quantize: bool) -> Any:
 def _quantized(graph: Any) -> Any:
     ir = require("onnx_ir", extra=EXTRA)
     kind = require("onnxruntime.quantization.matmul_nbits_quantizer", extra=EXTRA).MatMulNBitsQuantizer
-    quantizer = kind(ir.to_proto(graph), bits=8, block_size=_BLOCK, is_symmetric=True, accuracy_level=_INT8_ACTIVATIONS)
-    quantizer.process()
-    return ir.from_proto(quantizer.model.model)
+    for block, names in _by_block(graph).items():
+        proto = ir.to_proto(graph)
+        quantizer = kind(
+            proto,
+            bits=8,
+            block_size=block,
+            is_symmetric=True,
+            accuracy_level=_INT8_ACTIVATIONS,
+            nodes_to_include=names,
+        )
+        quantizer.process()
+        graph = ir.from_proto(quantizer.model.model)
+    return graph
+
+
+def _by_block(graph: Any) -> dict[int, list[str]]:
+    """Names of matrix products by how many of their weights share a scale: so many as leave no block half empty."""
+    found: dict[int, list[str]] = {}
+    for node in graph.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+            continue
+        channels = int(weight.const_value.shape[0])
+        block = next((each for each in _BLOCKS if channels % each == 0), _BLOCKS[0])
+        found.setdefault(block, []).append(node.name)
+    return found
 
 
 def _automatic(varying: Any) -> Any:
@@ -217,13 +252,37 @@ def _halve(graph: Any) -> None:
         graph.graph.insert_before(graph.graph[0], cast)
 
 
-def _save(graph: Any, file: Path) -> int:
-    """Write a graph, its weights beside it where they are too many for one file; bytes of both."""
+def _save(graph: Any, file: Path, *, beside: bool = False) -> int:
+    """Write a graph; bytes of all.
+
+    Args:
+        beside: write its weights beside it, as is done where they are too many for one file.
+    """
     ir = require("onnx_ir", extra=EXTRA)
     weights = sum(each.const_value.nbytes for each in graph.graph.initializers.values() if each.const_value is not None)
-    beside = file.with_name(f"{file.name}.data")
-    ir.save(graph, str(file), external_data=beside.name if weights > INLINE_BYTES else None)
-    return file.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    data = file.with_name(f"{file.name}.data")
+    apart = {"external_data": data.name, **({"size_threshold_bytes": 0} if beside else {})}
+    ir.save(graph, str(file), **(apart if beside or weights > INLINE_BYTES else {}))
+    return file.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def _save_tied(folder: Path, channels: int) -> int:
+    """Write the embedding of a head that is written already: a graph that reads the head's weights where they lie."""
+    ir = require("onnx_ir", extra=EXTRA)
+    head = ir.load(str(folder / f"{HEAD}.onnx")).graph
+    product = next(node for node in head if node.op_type == "MatMulNBits")
+    stored = {each.const_value.dtype: each.const_value for each in product.inputs[1:3]}
+    words, blocks, block = map(int, stored[ir.DataType.UINT8].shape)
+    shapes = {ir.DataType.UINT8: (words, blocks, block), ir.DataType.FLOAT: (words, blocks)}
+    graph = trace(tied_embedding(words, blocks, block, channels), quantize=False)
+    for name, value in graph.graph.initializers.items():
+        place = stored.get(value.const_value.dtype)
+        if place is None or tuple(map(int, value.const_value.shape)) != shapes[value.const_value.dtype]:
+            continue
+        value.const_value = ir.ExternalTensor(
+            place.location, place.offset, place.length, place.dtype, shape=value.shape, name=name, base_dir=str(folder)
+        )
+    return _save(graph, folder / f"{EMBEDDING}.onnx")
 
 
 def _without_code(folder: Path) -> None:

@@ -69,6 +69,27 @@ class _Int8Embedding(nn.Module):
         return {"inputs_embeds": self.weight[input_ids].to(self.scale.dtype) * self.scale[input_ids]}
 
 
+class _TiedEmbedding(nn.Module):
+    """Rows of a head that ONNX Runtime has in blocks of int8; their numbers come from its file.
+
+    weight    [words, blocks, block]    128 is 0
+    scale     [words, blocks]
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, words: int, blocks: int, block: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(words, blocks, block, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(words, blocks))
+        self.channels = channels
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        whole = (self.weight[input_ids].to(self.scale.dtype) - 128) * self.scale[input_ids][..., None]
+        return {"inputs_embeds": whole.flatten(-2)[..., : self.channels]}
+
+
 class _Decoder(nn.Module):
     """Attention is ONNX's own, which reads keys and values as they are, however many heads share them."""
 
@@ -173,6 +194,22 @@ def language_parts(model: Any, *, int8: bool) -> list[Part]:
             varying={"hidden_states": (0, 1)},
         ),
     ]
+
+
+def tied_embedding(words: int, blocks: int, block: int, channels: int) -> Part:
+    """The embedding of a model whose head has the same weights, in int8, for one copy of them on disk."""
+    return Part(
+        name=EMBEDDING,
+        module=_TiedEmbedding(words, blocks, block, channels),
+        inputs={"input_ids": torch.zeros(2, 3, dtype=torch.long)},
+        varying={"input_ids": (0, 1)},
+    )
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head is the embedding's table, and nothing more."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return type(table) is nn.Embedding and type(head) is nn.Linear and head.weight is table.weight and head.bias is None
 
 
 def check_decoder(config: Any) -> None:

@@ -85,9 +85,9 @@ def spared_bytes(model: Any, kind: Quantization, dtype: torch.dtype) -> int:
 
 def made_trainable(model: Any) -> None:
     """Let backward go through a model's packed weights, and these tell how many they are."""
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes") and isinstance(module, nn.Linear):
-            weight: Any = module.weight
-            weight.whole_numel = module.in_features * module.out_features
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for module in linears:
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.weight.whole_numel = module.in_features * module.out_features
             # On a CPU, bitsandbytes 0.50 packs four bits anew at the first answer, in a way that has no gradient.
             module.support_avx512bf16_for_cpu = False

@@ -187,6 +187,25 @@ def test_int8_is_near_and_small(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("hidden", [64, 96, 128])
+def test_weights_that_head_and_embedding_share_are_stored_once(tmp_path, hidden):
+    """96 channels are half a block of 64 short of two."""
+    processor = tiny_processor()
+    pair = export(tmp_path, tiny_llava(processor, hidden=hidden), processor)
+    table = pair.model.get_input_embeddings().weight
+    found = pair.graphs.host.get_input_embeddings()(torch.arange(len(table))[None])[0]
+    # About half a step of a scale, which is about a 127th of the largest of its block.
+    assert float((found - table).abs().max()) <= 0.6 * float(table.abs().max()) / 127
+    data = (pair.folder / "head.onnx.data").stat().st_size
+    assert (pair.folder / "embedding.onnx").stat().st_size < data / 2
+    block = 128 if hidden != 64 else 64
+    assert data == pytest.approx(len(table) * -(-hidden // block) * (block + 4), rel=0.05)
+    (pair.folder / "head.onnx.data").unlink()
+    with pytest.raises(ModelError, match="export or copy the model again"):
+        OnnxModel.from_pretrained(pair.folder)
+
+
+@torch.no_grad()
 def test_an_adapter_goes_in(tmp_path):
     processor = tiny_processor()
     tiny_llava(processor).save_pretrained(tmp_path / "base")
@@ -211,7 +230,7 @@ def test_a_failure_leaves_what_was_there(llava, tmp_path, monkeypatch):
         write_onnx(source, llava.model, out)
     with pytest.raises(RecipeError, match="expected vision"):
         write_onnx(source, llava.model, tmp_path / "new", OnnxSettings(include=("audio",)))
-    monkeypatch.setattr("mmpeft.export.onnx._save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mmpeft.export.onnx._save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(RunInterrupted, match="nothing was left there"):
         write_onnx(source, llava.model, tmp_path / "new", OnnxSettings(precision="fp32"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
