@@ -68,6 +68,12 @@ CASES: dict[str, dict[str, Any]] = {
     "projector, float32, micro 4, packed, feature cache": {"train": PROJECTOR, "micro": 4, "features": True},
     "projector, float32, micro 4, packed": {"train": PROJECTOR, "micro": 4},
     "LoRA, float32, micro 8, packed": {"train": LORA, "micro": 8},
+    "LoRA, bfloat16, base in nf4, micro 4, packed": {
+        "train": LORA,
+        "micro": 4,
+        "dtype": "bfloat16",
+        "quantization": "nf4",
+    },
 }
 
 
@@ -159,6 +165,7 @@ def recipe_of(case: dict[str, Any], work: Path, output: Path) -> dict[str, Any]:
         "batch": batch,
         "compute": {"checkpointing": case.get("checkpointing", "auto")},
         "dtype": case.get("dtype", "float32"),
+        "quantization": case.get("quantization", "none"),
         "device": "cpu",
         "output": str(output),
     }
