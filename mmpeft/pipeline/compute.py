@@ -11,6 +11,7 @@ from mmpeft.core.speed import Speedup
 from mmpeft.models.base import base_of
 from mmpeft.models.compiled import layer_count, layer_parameters, uncompilable
 from mmpeft.models.dimensions import cache_bytes
+from mmpeft.models.groups import group_of
 from mmpeft.models.head_loss import AUTO_ENTRIES, HeadFigures, unchunkable
 from mmpeft.training.computing import Compute, weights_spread
 from mmpeft.training.trainer import MultimodalTrainer
@@ -71,6 +72,8 @@ def why_uncompiled(recipe: Recipe, model: Any, args: TrainingArguments, *, sampl
     obstacle = (
         "layers run twice with activation checkpointing"
         if args.activation_checkpointing
+        else "processes that run samples together were not tested with it"
+        if group_of(model) is not None
         else f"weights are in {recipe.quantization}"
         if recipe.quantization != "none"
         else "weights are spread over processes"

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from mmpeft.core.errors import ModelError
+from mmpeft import Recipe
+from mmpeft.core.errors import ModelError, RecipeError
 from mmpeft.models.context_parallel import ContextParallel, context_parallel_on, share_tokens
 from mmpeft.models.last_layer import last_layer_obstacle
+from mmpeft.pipeline.compute import why_uncompiled
 from tests.families.models import MODELS
 from tests.processes import environment
+from tests.project import write_project
 from tests.tiny import tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -139,3 +143,11 @@ def test_each_process_attends_by_its_heads_for_all_tokens(degree):
     model(input_ids=ids)
     assert widths[-1] == 21
     assert "context_parallel" in last_layer_obstacle(model)
+
+
+def test_layers_are_not_compiled_beside_it(tmp_path):
+    model = tiny_llava()
+    share_tokens(model, ContextParallel(2, 0))
+    recipe = Recipe.from_yaml(write_project(tmp_path), ("compute.compile=true",))
+    with pytest.raises(RecipeError, match="compute.compile: processes that run samples together were not tested"):
+        why_uncompiled(recipe, model, TrainingArguments(str(tmp_path / "out"), use_cpu=True), samples=1)

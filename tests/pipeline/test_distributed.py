@@ -154,7 +154,12 @@ def test_two_processes_share_tokens_and_follow_one(project):
 def test_half_precision_follows_one_process_in_half_precision(project):
     one = project.parent / "half"
     mmpeft.run(Recipe.from_yaml(project, (f"output={one}", "dtype=bfloat16")))
-    for name, ways in {"half-zero": ("zero2", "zero3"), "half-shared": (MATRICES, "fsdp2")}.items():
+    ways_by_name = {
+        "half-zero": ("zero2", "zero3"),
+        "half-shared": (MATRICES, "fsdp2"),
+        "half-tokens": (TOKENS, TOKENS_AND_LAYERS),
+    }
+    for name, ways in ways_by_name.items():
         output = shared(project, name, *ways, "dtype=bfloat16")
         for ours, theirs in zip(losses(output), losses(one), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-2)
