@@ -149,5 +149,5 @@ def test_layers_are_not_compiled_beside_it(tmp_path):
     model = tiny_llava()
     share_tokens(model, ContextParallel(2, 0))
     recipe = Recipe.from_yaml(write_project(tmp_path), ("compute.compile=true",))
-    with pytest.raises(RecipeError, match="compute.compile: processes that run samples together were not tested"):
+    with pytest.raises(RecipeError, match=r"compute\.compile: processes that run samples together were not tested"):
         why_uncompiled(recipe, model, TrainingArguments(str(tmp_path / "out"), use_cpu=True), samples=1)
