@@ -1,10 +1,12 @@
 """Real runs in processes of their own: by `mmpeft run` itself, or by another launcher."""
 
+import json as json_module
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmpeft.config.shipped import find_recipe
 from mmpeft.core.files import read_json
@@ -74,3 +76,21 @@ def can_mount() -> bool:
         return subprocess.run(probe, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         return False
+
+
+def rows_of_two(text: str, folder: Path, *words: str) -> list[dict[str, Any]]:
+    """What a script prints as JSON objects, a line each, on two processes over gloo."""
+    script = folder / "passing.py"
+    script.write_text(text, encoding="utf-8")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script), *words],
+        cwd=root,
+        env=environment(PYTHONPATH=str(root)),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json_module.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

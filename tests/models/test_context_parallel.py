@@ -1,9 +1,6 @@
 """Tokens shared out over two real processes: losses and gradients are those of the whole model, family by family."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +12,9 @@ from mmpeft.models.context_parallel import ContextParallel, context_parallel_on,
 from mmpeft.models.last_layer import last_layer_obstacle
 from mmpeft.pipeline.compute import why_uncompiled
 from tests.families.models import MODELS
-from tests.processes import environment
+from tests.processes import rows_of_two
 from tests.project import write_project
 from tests.tiny import tiny_llava
-
-ROOT = Path(__file__).parents[2]
 
 TRAIN = {"projector": "full", "language": {"r": 4, "lora_alpha": 8}}
 
@@ -87,19 +82,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
-    script = tmp_path / "passing.py"
-    script.write_text(PASSING)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*words, json.dumps(TRAIN)],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = rows_of_two(PASSING, tmp_path, json.dumps(TRAIN))
     found = {row["family"]: row for row in rows}
     assert found.keys() == MODELS.keys()
     assert {name for name, row in found.items() if "refused" in row} == REFUSED.keys()

@@ -1,9 +1,6 @@
 """Matrices shared out over two real processes: losses and gradients are those of the whole model, family by family."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +10,8 @@ from mmpeft.methods.attach import get_peft_model
 from mmpeft.methods.plan import describe_training
 from mmpeft.models.tensor_parallel import TensorParallel, share_adapters, share_layers
 from tests.families.models import MODELS
-from tests.processes import environment
+from tests.processes import rows_of_two
 from tests.tiny import tiny_llava
-
-ROOT = Path(__file__).parents[2]
 
 TRAIN = {"projector": "full", "language": {"r": 4, "lora_alpha": 8}}
 
@@ -84,19 +79,7 @@ os._exit(0)
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [False, True], ids=["matrices", "tokens as well"])
 def test_two_processes_compute_what_one_does(tokens, tmp_path):
-    script = tmp_path / "passing.py"
-    script.write_text(PASSING)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*words, json.dumps(TRAIN), json.dumps(tokens)],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = rows_of_two(PASSING, tmp_path, json.dumps(TRAIN), json.dumps(tokens))
     found = {row["family"]: row for row in rows}
     assert found.keys() == MODELS.keys()
     assert {name for name, row in found.items() if "refused" in row} == REFUSED.keys()
