@@ -59,7 +59,7 @@ def plan(
         samples = "samples as they are read" if stage["samples"] is None else f"{stage['samples']} samples"
         console.print(
             f"[bold]{stage['name']}[/bold]: {samples}, {stage['steps']} steps of {batch['size']} "
-            f"({_at_once(batch)}, {batch['processes']} process(es))",
+            f"({_at_once(batch)}, {_by_whom(batch)})",
             soft_wrap=True,
         )
         if found := stage.get("distributed"):
@@ -80,6 +80,13 @@ def _at_once(batch: dict[str, Any]) -> str:
     if batch["tokens"] is not None:
         return f"at most {batch['tokens']} tokens at once"
     return f"{batch['micro']} at once, {batch['accumulation']} accumulated"
+
+
+def _by_whom(batch: dict[str, Any]) -> str:
+    count, together = batch["processes"], batch["together"]
+    if together > 1:
+        return f"{count} group{'' if count == 1 else 's'} of {together} processes"
+    return f"{count} process{'' if count == 1 else 'es'}"
 
 
 def _table(stage: dict[str, Any]) -> Table:

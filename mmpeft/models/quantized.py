@@ -49,6 +49,12 @@ def quantization_config(skeleton: Any, kind: Quantization, *, dtype: torch.dtype
         )
     left = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and name not in chosen]
     logger.info("%d matrices of the language model are read in %s", len(chosen), kind)
+    if uneven := len(quantizable(skeleton, "int8")) - len(chosen):
+        logger.warning(
+            "%d matrices of the language model stay whole: their rows are no multiple of %d, which nf4 needs",
+            uneven,
+            _NF4_BLOCK,
+        )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
     return BitsAndBytesConfig(

@@ -26,7 +26,7 @@ from mmpeft.pipeline.memory_plan import UTILISATION, Held, MemoryPlan, changes, 
 from mmpeft.pipeline.plan_apart import plan_apart
 from mmpeft.pipeline.planning import ROOM, Given, fitting_tokens, held, model_of, plan_memory, room_here
 from mmpeft.pipeline.sharing_plan import is_open, pick_sharing
-from mmpeft.pipeline.strategy import pick_strategy
+from mmpeft.pipeline.strategy import pick_strategy, told
 from mmpeft.training.main_process import on_main
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def plan_stages(recipe: Recipe, inputs: PlanInputs) -> list[dict[str, Any]]:
                 **({"sources": list(inputs.sources)} if inputs.sources else {}),
                 "steps": steps,
                 "epochs": stage.epochs,
-                "batch": {**asdict(given.batch), **automatic},
+                "batch": {**asdict(given.batch), "together": _together(stage, processes), **automatic},
                 "parts": describe_training(model, stage.train, learning_rates(stage)).to_dict(),
                 **sharing,
                 **(_memory_and_time(given, inputs, model, own, steps) if planned and not inputs.apart else {}),
@@ -131,6 +131,10 @@ def plan_stages(recipe: Recipe, inputs: PlanInputs) -> list[dict[str, Any]]:
         for row, found in zip(rows, on_main(lambda: plan_apart(settled, processes)) or rows, strict=True):
             row.update({name: found[name] for name in ("batch", "memory", "work") if name in found})
     return rows
+
+
+def _together(stage: StageConfig, processes: int) -> int:
+    return 1 if processes == 1 else told(stage).together
 
 
 def _about(model: Any, steps: int, batch: Batch) -> float:

@@ -104,10 +104,10 @@ def test_run_plan_generate_and_evaluate_from_the_command_line(tmp_path, monkeypa
 def test_the_plan_for_people_is_a_table(tmp_path, monkeypatch, capsys):
     status, out, errors = call(monkeypatch, capsys, "plan", write_project(tmp_path, stages=TWO_STAGES[:1]))
     assert status == 0, errors
-    assert "22 samples, 4 steps of 8 (4 at once, 2 accumulated, 1 process(es))" in out
+    assert "22 samples, 4 steps of 8 (4 at once, 2 accumulated, 1 process)" in out
     budget = ("--set", "batch={size: 8, tokens: 500}")
     _, out, _ = call(monkeypatch, capsys, "plan", tmp_path / "recipe.yaml", *budget)
-    assert "4 steps of 8 (at most 500 tokens at once, 1 process(es))" in out
+    assert "4 steps of 8 (at most 500 tokens at once, 1 process)" in out
     assert "1,600" in out
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.core.errors import ModelError
-from mmpeft.models.quantized import quantizable, spared_bytes
+from mmpeft.models.quantized import quantizable, quantization_config, spared_bytes
 from tests.project import write_base
 from tests.tiny import tiny_llava
 
@@ -78,7 +78,9 @@ def test_what_is_quantized_already_is_refused(tmp_path):
         mmpeft.load_model(tmp_path / "int8", quantization="nf4")
 
 
-def test_rows_too_narrow_for_four_bits_are_named():
+def test_rows_too_narrow_for_four_bits_stay_whole_with_a_warning(caplog):
+    quantization_config(tiny_llava(), "nf4", dtype=None)
+    assert "12 matrices of the language model stay whole: their rows are no multiple of 64" in caplog.text
     assert quantizable(tiny_llava(), "nf4") == {
         name for name in quantizable(tiny_llava(), "int8") if name.endswith("down_proj")
     }
