@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import logging
 import os
@@ -15,6 +16,10 @@ from mmpeft.core.files import read_json
 from mmpeft.pipeline.quickstart import quickstart_recipe
 from tests.project import TWO_STAGES, write_project
 from tests.tiny import tiny_clip, tiny_image_processor, tiny_llama, tiny_tokenizer
+
+if importlib.util.find_spec("deepspeed") is not None:
+    # It greets on what was stdout when it was first imported, which would be that of a test.
+    importlib.import_module("deepspeed")
 
 
 @pytest.fixture(autouse=True)
