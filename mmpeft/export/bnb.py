@@ -23,6 +23,9 @@ from mmpeft.models.weightless import read_config
 
 BnbKind = Literal["int8", "nf4"]
 
+COPIES = 2
+"""Of the model's weights that there is room for while it is written: the merged one lies beside what comes of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BnbResult:
@@ -58,12 +61,12 @@ def write_bnb(export: Int8Export, output: str | Path, *, kind: BnbKind, device: 
     source, merged = export.source, export.merged
     facts = source.own_facts
     facts |= {"base_model": source.base_name, "bitsandbytes": kind, "left": dict(export.linears.left)}
-    needs = 2 * merged.checkpoint.bytes
+    needs = COPIES * merged.checkpoint.bytes
     with artefact(output, kind=BNB, needs=needs, sources=source.folders, facts=facts) as out:
         config = base_config(source.base)
         config = untied(config) if merged.untied else config
         write_companions(source, out.folder, config=config, trust_remote_code=export.trust)
-        with tempfile.TemporaryDirectory(prefix=".merged-", dir=out.folder.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".merged-", dir=out.folder) as folder:
             write_companions(source, Path(folder), config=config, trust_remote_code=export.trust)
             write_shards(iter(merged), Path(folder))
             model = _read(folder, _settings(export, kind), device, trust_remote_code=export.trust)

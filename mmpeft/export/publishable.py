@@ -9,13 +9,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from mmpeft.core.errors import AdapterError, HubError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.export.artefact import BNB, GGUF, INT8, MERGED, ONNX
+from mmpeft.export.merge import all_finite
 from mmpeft.models.load import FACTS_NAME
 
 Kind = Literal["adapter", "model", "merged", "int8", "bnb", "onnx", "gguf"]
@@ -33,6 +33,9 @@ _ARTEFACTS: Mapping[str, Kind] = {
 }
 """What mmpeft.json of an export calls it, as `artefact`."""
 
+_WEIGHTS = (".onnx", ".onnx.data", ".gguf")
+"""Ends of the names of weights that are no safetensors."""
+
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
 _LEFT_OUT = (
@@ -44,7 +47,6 @@ _LEFT_OUT = (
     "relief.json",
     "trainer_state.json",
 )
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,8 @@ def _files(path: Path, exclude: tuple[str, ...]) -> tuple[dict[str, Path], dict[
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if not file.is_file():
+            if file.is_symlink():
+                left_out[name] = "a link to a folder, or to nothing"
             continue
         if any(part.startswith(".") for part in name.split("/")):
             left_out[name] = "hidden"
@@ -154,6 +158,7 @@ def check_whole(artefact: Publishable) -> None:
         )
     for name, file in artefact.files.items():
         try:
+            _check_size(name, file, artefact.export.get("sizes") or {})
             if name.endswith(".safetensors"):
                 _check_length(file)
                 _check_finite(file)
@@ -163,12 +168,30 @@ def check_whole(artefact: Publishable) -> None:
             raise failed(f"{file}: {error}; make it again, or copy it anew") from error
 
 
+def check_links(artefact: Publishable) -> None:
+    """Refuse links to files elsewhere on this machine; those of the Hub's own cache lead to what it downloaded.
+
+    Raises:
+        HubError: names the first, and what to do.
+    """
+    folder = artefact.path.resolve()
+    roots = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for name, file in artefact.files.items():
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise HubError(
+                f"{file}: a link to {file.resolve()}, outside of what is published, so nothing was sent; put a copy of "
+                f"the file in its place, or leave it out: --exclude {name}"
+            )
+
+
 def _wanted(artefact: Publishable) -> list[str]:
+    """Names of the files without which it is not whole: of an export all weights that its exporter has written."""
     if artefact.kind == "adapter":
         return [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     if artefact.kind in ("onnx", "gguf"):
         found = any(name.endswith(f".{artefact.kind}") for name in artefact.files)
-        return [] if found else [f"*.{artefact.kind}"]
+        listed = [name for name in artefact.export.get("files") or () if name.endswith(_WEIGHTS)]
+        return listed or ([] if found else [f"*.{artefact.kind}"])
     index = "model.safetensors.index.json"
     if index not in artefact.files:
         return ["config.json", "model.safetensors"]
@@ -195,6 +218,17 @@ def _check_length(file: Path) -> None:
         raise ValueError(f"cut short: it has {size:,} bytes of {whole:,}")
 
 
+def _check_size(name: str, file: Path, sizes: Mapping[str, int]) -> None:
+    """Whether weights without lengths of their own are as long as their exporter recorded.
+
+    Raises:
+        ValueError: they are not.
+    """
+    size = file.stat().st_size
+    if name.endswith(_WEIGHTS) and name in sizes and size != sizes[name]:
+        raise ValueError(f"cut short or changed: it has {size:,} bytes, {FACTS_NAME} says {sizes[name]:,}")
+
+
 def _check_begins(file: Path, start: bytes) -> None:
     with file.open("rb") as stream:
         if stream.read(len(start)) != start:
@@ -204,6 +238,5 @@ def _check_begins(file: Path, start: bytes) -> None:
 def _check_finite(file: Path) -> None:
     with safe_open(file, framework="pt") as stream:
         for name in stream.keys():  # noqa: SIM118
-            tensor = stream.get_tensor(name)
-            if tensor.dtype in _FLOATING and not torch.isfinite(tensor).all():
+            if not all_finite(stream.get_tensor(name)):
                 raise ValueError(f"{name} has values that are not finite (NaN or infinite)")

@@ -19,6 +19,9 @@ from mmpeft.families.qwen2_5_omni import SPEAKERS
 from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.models.load import FACTS_NAME, NOT_FETCHED, adapter_base, is_adapter, load_processor, resolve_adapter
 
+OF_FILES = ("artefact", "files", "sizes")
+"""Keys of mmpeft.json that say of which files a directory is."""
+
 BASE_REVISION = "base_revision"
 """Key of mmpeft.json: the commit of a base from the Hub that an adapter was trained on."""
 
@@ -44,7 +47,7 @@ class Source:
     @property
     def own_facts(self) -> dict[str, Any]:
         """`facts` without what only says of which files its directory is."""
-        return {key: value for key, value in self.facts.items() if key not in ("artefact", "files")}
+        return {key: value for key, value in self.facts.items() if key not in OF_FILES}
 
     @property
     def folders(self) -> list[Path]:
@@ -71,6 +74,7 @@ def find_source(name: str | Path, *, base: str | Path | None = None) -> Source:
         folder = fetch_model(name)
         return Source(name=name, base=folder, base_name=name, adapter=None, facts=read_facts(folder))
     adapter = resolve_adapter(name)
+    read_adapter_config(adapter)
     facts = read_facts(adapter)
     if base is not None:
         return Source(name=name, base=fetch_model(str(base)), base_name=str(base), adapter=adapter, facts=facts)
@@ -109,6 +113,24 @@ def base_facts(base: str) -> dict[str, Any]:
     folder = Path(base) if file is None else Path(file).parent
     revision = None if Path(base).is_dir() else folder.name
     return {BASE_REVISION: revision, BASE_LAYOUT: Checkpoint(folder).layout_hash()}
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Content of adapter_config.json.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        found = read_json(file)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder}: no {CONFIG_NAME} there; expected a directory that holds an adapter") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: holds a {type(found).__name__}, not settings by name; train or copy it again")
+    return found
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -6,9 +6,12 @@ parity.json, beside the export
   agreement              tokens of held-out answers, share with the same most likely token, mean KL divergence
   metrics                {"source": {...}, "export": {...}} of the answers that both give
   seconds, bytes         to answer, and of all weights, of both
+  memory                 most that the process had while it answered, of both: tensors of an accelerator, on a CPU
+                         resident memory with all that the process holds beside the model
   layers                 the layers in which int8 changes outputs most, relative to them
 """
 
+import gc
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from mmpeft.config.recipe import EvaluateConfig, Recipe
 from mmpeft.core.errors import DataError
 from mmpeft.core.files import write_json
+from mmpeft.core.memory import forget_peak, latest_peak_bytes
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import MultimodalDataset, load_dataset
 from mmpeft.evaluation.decode import placed
@@ -176,6 +180,7 @@ class Gate:
         found, scores = self.agreement(model), self._scores(model)
         why = shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
         worst = sorted(layers.items(), key=lambda item: -item[1])
+        memory = {"source": self._source["memory"], "export": scores["memory"]}
         if why and worst:
             why.append("most is changed by " + ", ".join(f"{name} ({error:.1%})" for name, error in worst[:3]))
         return {
@@ -188,11 +193,18 @@ class Gate:
             "questions": len(scores["predictions"]),
             "seconds": {"source": self._source["seconds"], "export": scores["seconds"]},
             "bytes": dict(zip(("source", "export"), sizes, strict=True)),
+            **({"memory": memory} if None not in memory.values() else {}),
             "layers": [{"name": name, "error": error} for name, error in worst],
         }
 
     def _scores(self, model: Any) -> dict[str, Any]:
-        return evaluate_with(self.held_out.evaluate, model, self.processor, self.held_out.dataset)
+        """Scores of its answers, and the peak of memory that they took; None where the system does not tell."""
+        place = model.device.type
+        # Tensors that only references in a circle keep, such as the source's.
+        gc.collect()
+        told = forget_peak(place)
+        scores = evaluate_with(self.held_out.evaluate, model, self.processor, self.held_out.dataset)
+        return {**scores, "memory": latest_peak_bytes(place) if told else None}
 
 
 def shortfalls(

@@ -1,17 +1,22 @@
 """An int8 model is whole, is read by plain transformers, says what its source says, and cannot lose its int8 unseen."""
 
+import contextlib
 import json
+import shutil
+from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import mmpeft
 from mmpeft import Recipe
 from mmpeft.core.errors import DataError, ModelError, OutputError, RecipeError
+from mmpeft.core.memory import forget_peak
 from mmpeft.export.agreement import Agreement
-from mmpeft.export.int8 import Int8Export, Int8Settings
+from mmpeft.export.int8 import Int8Export, Int8Settings, Measured
 from mmpeft.export.merged_model import merge
 from mmpeft.export.observe import observe, simulated
 from mmpeft.export.smooth import smooth
@@ -222,3 +227,69 @@ def test_bitsandbytes_holds_linear_layers_and_says_much_the_same(run, tmp_path, 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(model.get_submodule(LAYER)).__module__.startswith("bitsandbytes")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+def test_static_activations_are_simulated_by_the_scale_that_was_measured(run, tmp_path):
+    export = Int8Export(find_source(run / "adapter"), Int8Settings(activations="static"))
+    source, processor = merged(run)
+    rows = processor(text="hello there", return_tensors="pt")
+    chosen = export.linears.chosen
+    # Far too small, so that everything larger is cut off: a scale by token would not show it.
+    largest = dict.fromkeys(chosen, 0.01)
+    export.write(tmp_path / "out", Measured(largest=largest))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = model(**rows).logits
+        with simulated(source, chosen, largest=largest):
+            wanted = source(**rows).logits
+        with simulated(source, chosen):
+            by_token = source(**rows).logits
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert (found - wanted).abs().max() < 0.2 * (found - by_token).abs().max()
+    cut = observe(source, chosen, [rows], largest=largest)
+    whole = observe(source, chosen, [rows])
+    assert all(cut[name].error > 2 * whole[name].error for name in chosen)
+
+
+def test_auto_skip_tries_what_will_be_written(monkeypatch, run, tmp_path):
+    seen = []
+    monkeypatch.setattr("mmpeft.pipeline.export_int8.simulated", lambda *args, **named: seen.append(named) or once())
+    for activations in ("dynamic", "static"):
+        settings = Int8Settings(activations=activations)
+        mmpeft.export_int8(run / "adapter", tmp_path / "out", settings=settings, auto_skip=True)
+    dynamic, static = seen[0]["largest"], seen[-1]["largest"]
+    assert dynamic is None
+    assert len(static) == 14
+
+
+def once():
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("make", [mmpeft.export_int8, mmpeft.export_bnb])
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_asked(make, monkeypatch, run, tmp_path):
+    monkeypatch.setattr("mmpeft.pipeline.export_gate.Gate.ask_source", lambda *_: pytest.fail("it was asked"))
+    (tmp_path / "thesis.tex").write_text("three years of work")
+    with pytest.raises(OutputError, match=r"it holds thesis\.tex"):
+        make(run / "adapter", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10**6))
+    with pytest.raises(OutputError, match="free space or choose another output"):
+        make(run / "adapter", tmp_path / "out")
+
+
+def test_no_room_for_what_the_source_says(monkeypatch, run, tmp_path):
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("mmpeft.export.agreement.save_file", full)
+    with pytest.raises(OutputError, match=r"the disk is full.*compare fewer \(--samples\), or set TMPDIR"):
+        mmpeft.export_int8(run / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_while_answering_is_that_of_both(exported):
+    if not forget_peak("cpu"):
+        pytest.skip("this system does not tell a peak of memory anew")
+    memory = exported.parity["memory"]
+    assert memory.keys() == {"source", "export"}
+    assert all(10**8 < used < 10**11 for used in memory.values())

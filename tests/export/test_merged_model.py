@@ -217,11 +217,13 @@ def test_a_merged_model_is_a_base_for_another_adapter(base, tmp_path):
         (lambda base, adapter: cut(base / "model.safetensors"), ModelError, "not a whole safetensors file"),
         (lambda base, adapter: (base / "processor_config.json").unlink(), ModelError, "cannot be read as a processor"),
         (lambda base, adapter: (base / "config.json").write_text("{"), ModelError, "cannot be read"),
-        (lambda base, adapter: cut(adapter / "adapter_model.safetensors"), AdapterError, "does not fit"),
+        (lambda base, adapter: cut(adapter / "adapter_model.safetensors"), AdapterError, "it is not whole"),
+        (lambda base, adapter: (adapter / "adapter_config.json").write_text("{"), AdapterError, "cannot be read"),
+        (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), AdapterError, "holds a list"),
         (lambda base, adapter: (adapter / "mmpeft.json").write_text("{"), AdapterError, "mmpeft.json: cannot be read"),
         (lambda base, adapter: remote_code(base), ModelError, "brings code of its own"),
     ],
-    ids=["base", "weights", "cut", "processor", "config", "adapter", "facts", "code"],
+    ids=["base", "weights", "cut", "processor", "config", "adapter", "settings", "no settings", "facts", "code"],
 )
 def test_what_is_lacking_or_damaged_leaves_nothing(spoil, error, message, base, tmp_path):
     trained(base, tmp_path / "adapter")
