@@ -16,6 +16,7 @@ from mmpeft.core.errors import AdapterError, HubError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.export.artefact import BNB, GGUF, INT8, MERGED, ONNX
 from mmpeft.export.merge import all_finite
+from mmpeft.export.sources import PROCESSOR_FILES, check_single
 from mmpeft.models.load import FACTS_NAME
 
 Kind = Literal["adapter", "model", "merged", "int8", "bnb", "onnx", "gguf"]
@@ -36,7 +37,6 @@ _ARTEFACTS: Mapping[str, Kind] = {
 _WEIGHTS = (".onnx", ".onnx.data", ".gguf")
 """Ends of the names of weights that are no safetensors."""
 
-_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
 _LEFT_OUT = (
     "checkpoint-*",
@@ -76,6 +76,7 @@ def open_publishable(path: Path, *, exclude: tuple[str, ...] = ()) -> Publishabl
 
     Raises:
         HubError: it is no adapter, model or export.
+        AdapterError: it holds several adapters by names.
     """
     if not path.is_dir():
         raise HubError(f"{path}: no such directory; expected a run, an adapter, a model or an export")
@@ -112,6 +113,7 @@ def _kind(path: Path) -> tuple[Kind, Mapping[str, Any]]:
         return "model", {}
     if (path / CONFIG_NAME).is_file():
         return "adapter", {}
+    check_single(str(path))
     raise HubError(
         f"{path}: holds no {CONFIG_NAME}, no config.json and no {FACTS_NAME} of an export; expected a run that has "
         "ended, an adapter, a model or an export"
@@ -151,9 +153,9 @@ def check_whole(artefact: Publishable) -> None:
     wanted = _wanted(artefact)
     if lacking := [name for name in wanted if name not in artefact.files]:
         raise failed(f"{artefact.path}: no {' and no '.join(lacking)}; make it again, or copy the whole directory")
-    if not any(name in artefact.files for name in _PROCESSORS) and artefact.kind != "gguf":
+    if not any(name in artefact.files for name in PROCESSOR_FILES) and artefact.kind != "gguf":
         raise failed(
-            f"{artefact.path}: no processor ({' or '.join(_PROCESSORS)}), so pictures could not be prepared as in "
+            f"{artefact.path}: no processor ({' or '.join(PROCESSOR_FILES)}), so pictures could not be prepared as in "
             "training; save it there: processor.save_pretrained(...)"
         )
     for name, file in artefact.files.items():
