@@ -38,6 +38,9 @@ _WEIGHTS = (".onnx", ".onnx.data", ".gguf")
 """Ends of the names of weights that are no safetensors."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
+_PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".npz", ".parquet", ".arrow")
+"""Compressed, so that a secret in them would not be found."""
+
 _LEFT_OUT = (
     "checkpoint-*",
     "*.tmp",
@@ -134,6 +137,8 @@ def _files(path: Path, exclude: tuple[str, ...]) -> tuple[dict[str, Path], dict[
             left_out[name] = "left by training, no part of the result"
         elif file.suffix in _PICKLED:
             left_out[name] = "pickled: reading it can run code"
+        elif file.suffix in _PACKED:
+            left_out[name] = "packed: it cannot be searched for secrets"
         elif any(fnmatch(name, pattern) for pattern in exclude):
             left_out[name] = "as asked"
         else:

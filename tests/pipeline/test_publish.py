@@ -212,10 +212,12 @@ def test_what_training_leaves_behind_does_not_go(project):
     (adapter / "checkpoint-4").mkdir()
     (adapter / "checkpoint-4" / "x.json").write_text("{}")
     (adapter / ".env").write_text("TOKEN=1")
+    (adapter / "more.zip").write_bytes(b"PK")
     made = prepare(adapter, "me/x", base_model="me/base")
     assert not {"training_args.bin", "checkpoint-4/x.json", ".env"} & set(made.files)
     assert made.left_out["training_args.bin"] == "pickled: reading it can run code"
     assert made.left_out[".env"] == "hidden"
+    assert made.left_out["more.zip"] == "packed: it cannot be searched for secrets"
 
 
 def test_a_link_out_of_the_folder_is_refused_by_name(project, tmp_path):
