@@ -98,9 +98,12 @@ def open_publishable(path: Path, *, exclude: tuple[str, ...] = ()) -> Publishabl
 
 def _json(file: Path) -> Any:
     try:
-        return read_json(file)
+        found = read_json(file)
     except ValueError as error:
         raise HubError(f"{file}: not valid JSON ({error}); make it again") from error
+    if not isinstance(found, dict):
+        raise HubError(f"{file}: holds a {type(found).__name__}, not entries by name; make it again")
+    return found
 
 
 def _compared(parity: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -192,14 +192,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """Content of mmpeft.json; empty where there is none.
 
     Raises:
-        AdapterError: it is not JSON.
+        AdapterError: it is damaged.
     """
     file = folder / FACTS_NAME
     try:
         found = read_json(file) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: holds a {type(found).__name__}, not facts by name; train or copy it again")
+    return found
 
 
 def write_companions(

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 import mmpeft
 from mmpeft import Recipe
-from mmpeft.core.errors import DataError, ModelError, OutputError, RecipeError
+from mmpeft.core.errors import DataError, HubError, ModelError, OutputError, RecipeError
 from mmpeft.core.memory import forget_peak
 from mmpeft.export.agreement import Agreement
 from mmpeft.export.int8 import Int8Export, Int8Settings, Measured
@@ -25,6 +25,7 @@ from mmpeft.export.w8a8 import through_int8
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.export_gate import Threshold, fewest_left, shortfalls
+from mmpeft.pipeline.publish import prepare
 from tests.cli.test_main import call
 from tests.project import TWO_STAGES, write_project
 
@@ -208,6 +209,8 @@ def test_int8_is_not_exported_or_trained_in_full_again(exported, tmp_path):
         mmpeft.export_int8(exported.result.output, tmp_path / "out")
     done = merge(exported.result.output, tmp_path / "copy")
     assert sum(tensor.dtype == torch.int8 for tensor in tensors(done.output).values()) == 14
+    with pytest.raises(HubError, match="not compared with its source"):
+        prepare(done.output, "me/copy")
 
 
 def test_rows_through_int8_are_near():

@@ -230,9 +230,22 @@ def test_a_merged_model_is_a_base_for_another_adapter(base, tmp_path):
         (lambda base, adapter: (adapter / "adapter_config.json").write_text("{"), AdapterError, "cannot be read"),
         (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), AdapterError, "holds a list"),
         (lambda base, adapter: (adapter / "mmpeft.json").write_text("{"), AdapterError, "mmpeft.json: cannot be read"),
+        (lambda base, adapter: (adapter / "mmpeft.json").write_text("[]"), AdapterError, "mmpeft.json: holds a list"),
         (lambda base, adapter: remote_code(base), ModelError, "brings code of its own"),
     ],
-    ids=["base", "weights", "cut", "processor", "config", "adapter", "settings", "no settings", "facts", "code"],
+    ids=[
+        "base",
+        "weights",
+        "cut",
+        "processor",
+        "config",
+        "adapter",
+        "settings",
+        "no settings",
+        "facts",
+        "no facts",
+        "code",
+    ],
 )
 def test_what_is_lacking_or_damaged_leaves_nothing(spoil, error, message, base, tmp_path):
     trained(base, tmp_path / "adapter")

@@ -146,6 +146,14 @@ class TestRoundTrip:
         assert "evaluation.json" not in hub.names("me/receipts")
         assert "notes.md" in hub.names("me/receipts")
 
+    def test_what_is_there_by_hand_does_not_hinder_it(self, hub, tmp_path):
+        hub.create("me/by-hand")
+        hub.commit("me/by-hand", lambda draft: (draft / "mmpeft_files.json").write_text("[]"))
+        done = hub.mmpeft("push", write_base(tmp_path / "base"), "me/by-hand", home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert "its mmpeft_files.json is damaged" in done.stderr
+        assert "model.safetensors" in hub.names("me/by-hand")
+
     def test_a_base_of_that_name_with_other_weights_is_refused(self, hub, pushed, project, tmp_path):
         hub.create("me/other-base")
         hub.commit("me/other-base", lambda draft: (draft / "model.safetensors").write_bytes(b"something else"))

@@ -301,6 +301,14 @@ class TestNotWhole:
                 with pytest.raises(AdapterError, match=rf"adapter_config.json: {said}.*train or copy it again"):
                     make()
 
+    @pytest.mark.parametrize("name", ["mmpeft.json", "parity.json"])
+    def test_facts_that_cannot_be_read(self, tmp_path, name):
+        folder = export(tmp_path / "out", "int8", PASSED)
+        for text, said in (("{", "not valid JSON"), ("[]", "holds a list")):
+            (folder / name).write_text(text)
+            with pytest.raises(HubError, match=rf"{name}: {said}.*make it again"):
+                prepare(folder, "me/small")
+
     def test_limits_that_are_infinite_are_weights_like_any_other(self, tmp_path):
         """Gemma 4 clamps by buffers of one number, which may be infinite."""
         base = write_base(tmp_path / "base")
