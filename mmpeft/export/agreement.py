@@ -71,7 +71,12 @@ class Said:
             divergence += float((expected.exp() * (expected - found)).sum())
         if not tokens:
             return Agreement(tokens=0, top1=math.nan, kl=math.nan)
-        return Agreement(tokens=tokens, top1=same / tokens, kl=divergence / tokens)
+        # It is never negative but by rounding.
+        return Agreement(tokens=tokens, top1=same / tokens, kl=_positive(divergence / tokens))
+
+
+def _positive(value: float) -> float:
+    return 0.0 if value < 0 else value
 
 
 def answer_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -71,9 +71,7 @@ def find_source(name: str | Path, *, base: str | Path | None = None) -> Source:
         ModelError: a model that is not there, cannot be reached, or has no processor.
         AdapterError: no whole adapter there, or several, or its base is not to be found, or not what it was.
     """
-    name = str(name)
-    if (Path(name) / "adapter" / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
-        name = str(Path(name) / "adapter")
+    name = result_of(str(name))
     check_single(name)
     if base is None and not is_adapter(name):
         folder = fetch_model(name)
@@ -100,6 +98,12 @@ def find_source(name: str | Path, *, base: str | Path | None = None) -> Source:
     return Source(name=name, base=folder, base_name=found, adapter=adapter, facts=facts)
 
 
+def result_of(name: str) -> str:
+    """The adapter in the directory of a run or of a composed model; any other name as it is."""
+    within = (Path(name) / "adapter" / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file()
+    return str(Path(name) / "adapter") if within else name
+
+
 def check_single(name: str) -> None:
     """Refuse a directory that holds several adapters and none itself, as PEFT saves those with names.
 
@@ -112,7 +116,8 @@ def check_single(name: str) -> None:
     inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
     if inside:
         raise AdapterError(
-            f"{name}: no adapter itself; it holds {', '.join(inside)}: give one of them, such as {folder / inside[0]}"
+            f"{name}: no adapter itself, but it holds {', '.join(inside)}; give the directory of one, such as "
+            f"{folder / inside[0]}"
         )
 
 

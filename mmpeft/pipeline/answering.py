@@ -7,8 +7,9 @@ from typing import Any
 from transformers.utils import cached_file
 
 from mmpeft.core.errors import RecipeError
+from mmpeft.export.bnb import precision_of
 from mmpeft.export.onnx_model import MANIFEST, OnnxModel
-from mmpeft.export.sources import check_single
+from mmpeft.export.sources import check_single, result_of
 from mmpeft.models.load import load_model
 
 
@@ -18,16 +19,18 @@ def open_model(
     """The model of a directory or hub id, and its processor.
 
     Args:
-        name: of a model, an adapter, or of what `mmpeft export onnx` has written.
+        name: of a model, an adapter, the directory of a run, or of what `mmpeft export onnx` has written.
         adapter, device, trust_remote_code: as of `load_model`.
 
     Raises:
         ModelError, AdapterError: as of `load_model` and `OnnxModel`.
         RecipeError: an adapter for graphs, or another device than the CPU.
     """
+    name = result_of(name)
     check_single(name)
     if not is_onnx(name):
-        return load_model(name, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+        dtype = precision_of(name)
+        return load_model(name, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if adapter is not None:
         raise RecipeError(f"{name}: an ONNX export takes no adapter; export it anew: mmpeft export onnx {adapter} OUT")
     if device not in ("auto", "cpu"):

@@ -24,6 +24,7 @@ from mmpeft.export.sources import find_source
 from mmpeft.export.w8a8 import through_int8
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.load import load_model
+from mmpeft.pipeline.answering import open_model
 from mmpeft.pipeline.export_gate import Threshold, fewest_left, shortfalls
 from mmpeft.pipeline.publish import prepare
 from tests.cli.test_main import call
@@ -230,6 +231,24 @@ def test_bitsandbytes_holds_linear_layers_and_says_much_the_same(run, tmp_path, 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(model.get_submodule(LAYER)).__module__.startswith("bitsandbytes")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_bitsandbytes_of_a_base_in_bfloat16_answers_on_a_cpu(run, tmp_path, kind):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    limits = Threshold(top1=0.0, kl=9.0, drop=1.0)
+    done = mmpeft.export_bnb(run / "adapter", tmp_path / "out", base=base, kind=kind, threshold=limits, device="cpu")
+    assert done.parity["passed"], done.parity["why"]
+    model, processor = open_model(str(tmp_path / "out"), device="cpu")
+    assert model.dtype == torch.bfloat16
+    picture = run.parent / "data" / "images" / "eval-1.png"
+    assert isinstance(mmpeft.answer(model, processor, images=[picture], prompt="bright?", max_new_tokens=2), str)
+
+
+def test_the_directory_of_a_run_means_its_adapter(run):
+    assert hasattr(open_model(str(run), device="cpu")[0], "peft_config")
 
 
 def test_static_activations_are_simulated_by_the_scale_that_was_measured(run, tmp_path):

@@ -404,6 +404,6 @@ def test_of_several_adapters_by_names_one_has_to_be_given(base, processor, tmp_p
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "both")
     for open_it in (lambda name: merge(name, tmp_path / "out"), lambda name: open_model(str(name)), open_publishable):
-        with pytest.raises(AdapterError, match=r"both: no adapter itself; it holds first, second: .*both/first"):
+        with pytest.raises(AdapterError, match=r"both: no adapter itself, but it holds first, second; .*both/first"):
             open_it(tmp_path / "both")
     assert merge(tmp_path / "both" / "first", tmp_path / "out").changed == 4
