@@ -118,7 +118,7 @@ def _sweep(path: Path) -> None:
     """
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
         number, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
-        dead = number.isdigit() and kind in ("tmp", "old") and not _runs(int(number))
+        dead = number.isdigit() and kind in ("tmp", "old") and not is_running(int(number))
         if not dead or time.time() - left.stat().st_mtime <= _SWEPT_AFTER:
             continue
         if kind == "old" and not path.exists():
@@ -133,7 +133,8 @@ _SWEPT_AFTER = 600
 """Seconds without a new file."""
 
 
-def _runs(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether a process of this number is there."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -13,6 +13,8 @@ parity.json, beside the export
 
 import gc
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import MultimodalDataset, load_dataset
 from mmpeft.evaluation.decode import placed
 from mmpeft.export.agreement import Agreement, Said
+from mmpeft.export.artefact import is_running
 from mmpeft.export.sources import Source
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.data import load_held_out
@@ -139,7 +142,8 @@ class Gate:
 
     def __init__(self, held_out: HeldOut, processor: Any) -> None:
         self.held_out, self.processor = held_out, processor
-        self._folder = tempfile.TemporaryDirectory(prefix="mmpeft-parity-")
+        _sweep()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{_KEPT}{os.getpid()}-")
         self._said = Said(Path(self._folder.name))
         self._source: dict[str, Any] = {}
 
@@ -205,6 +209,17 @@ class Gate:
         told = forget_peak(place)
         scores = evaluate_with(self.held_out.evaluate, model, self.processor, self.held_out.dataset)
         return {**scores, "memory": latest_peak_bytes(place) if told else None}
+
+
+_KEPT = "mmpeft-parity-"
+
+
+def _sweep() -> None:
+    """Remove what gates of processes have left that were killed: logits, which may be gigabytes."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_KEPT}*-*"):
+        number = folder.name.removeprefix(_KEPT).partition("-")[0]
+        if number.isdigit() and not is_running(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def shortfalls(

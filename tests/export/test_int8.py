@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections import namedtuple
 
 import pytest
@@ -25,7 +29,7 @@ from mmpeft.export.w8a8 import through_int8
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.answering import open_model
-from mmpeft.pipeline.export_gate import Threshold, fewest_left, shortfalls
+from mmpeft.pipeline.export_gate import Gate, Threshold, fewest_left, shortfalls
 from mmpeft.pipeline.publish import prepare
 from tests.cli.test_main import call
 from tests.project import TWO_STAGES, write_project
@@ -315,3 +319,15 @@ def test_memory_while_answering_is_that_of_both(exported):
     memory = exported.parity["memory"]
     assert memory.keys() == {"source", "export"}
     assert all(10**8 < used < 10**11 for used in memory.values())
+
+
+def test_what_a_killed_gate_has_left_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(20)
+    for name in (f"mmpeft-parity-{ended.pid}-abc", f"mmpeft-parity-{os.getpid()}-abc", "mmpeft-parity-mine"):
+        (tmp_path / name).mkdir()
+    with Gate(None, None):
+        left = {folder.name.rpartition("-")[0] for folder in tmp_path.iterdir()}
+    assert left == {f"mmpeft-parity-{os.getpid()}", "mmpeft-parity"}
+    assert len(list(tmp_path.iterdir())) == 2
