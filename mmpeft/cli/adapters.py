@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mmpeft.cli.answers import TrustOption
@@ -41,15 +41,19 @@ def list_adapters(
     if not found:
         console.print(f"no adapter under {folder.resolve()}", markup=False, soft_wrap=True)
         return
-    table = Table("adapter", "base", "trains", "rank", "parameters", "size", "scores")
+    # Names are there to be copied: they are broken into lines, and never cut.
+    table = Table(Column("adapter", overflow="fold"), "base", "trains", "rank", "parameters", "size", "scores")
     for entry in found:
         if entry.problem:
-            table.add_row(Text(str(entry.path)), Text(entry.problem, style="red"))
             continue
         scores = " ".join(f"{name} {value:.3f}" for name, value in (entry.metrics or {}).items())
         cells = [str(entry.path), Path(entry.base or "").name, entry.kind, str(entry.rank or "-")]
         table.add_row(*map(Text, [*cells, count(entry.parameters), size(entry.bytes), scores]))
-    console.print(table)
+    if table.rows:
+        console.print(table)
+    for entry in found:
+        if entry.problem:
+            console.print(Text(entry.problem, style="red"), soft_wrap=True)
 
 
 @app.command()
@@ -81,7 +85,7 @@ def diff(
 
 def _show_distances(console: Any, rows: list[Any]) -> None:
     rows = sorted(rows, key=lambda row: -row.difference)
-    table = Table("module or tensor", "norm of first", "of second", "of difference", "cosine")
+    table = Table(Column("module or tensor", overflow="fold"), "norm of first", "of second", "of difference", "cosine")
     for row in rows[:SHOWN]:
         cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
         table.add_row(Text(row.name), rate(row.first), rate(row.second), rate(row.difference), cosine)

@@ -8,8 +8,11 @@ from rich.table import Table
 
 import mmpeft
 from mmpeft.cli.output import JsonOption, human, print_json
+from mmpeft.core.lazy import LazyModule
 
-ModelArgument = Annotated[str, typer.Argument(help="Adapter or model directory, or hub id.")]
+answering = LazyModule("mmpeft.pipeline.answering")
+
+ModelArgument = Annotated[str, typer.Argument(help="Adapter, model or ONNX export: its directory or hub id.")]
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter to put on the model.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or npu.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
@@ -30,7 +33,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model about a picture, a film or a recording."""
-    loaded, processor = mmpeft.load_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor = answering.open_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
     text = mmpeft.answer(
         loaded,
         processor,
@@ -62,7 +65,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer the questions of a data file and score the answers."""
-    loaded, processor = mmpeft.load_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor = answering.open_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
     dataset = mmpeft.load_dataset(data, media_root=media_root, processor=processor)
     scores = mmpeft.evaluate_model(
         loaded,
@@ -72,6 +75,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         limit=limit,
+        # Prompts that share a row want attention by segments, which a graph does not have.
+        share_media=not answering.is_onnx(model),
     )
     if as_json:
         print_json(scores)

@@ -83,6 +83,7 @@ def int8(
     as_json: JsonOption = False,
 ) -> None:
     """int8 weights and activations (compressed-tensors) for transformers, vLLM and vllm-ascend."""
+    console = human(as_json)
     done = exporting.export_int8(
         source,
         out,
@@ -102,7 +103,7 @@ def int8(
     result = done.result
     said = f"{len(result.quantized)} linear layers in int8, {len(result.left)} left"
     if done.left_by_itself and not as_json:
-        human(as_json).print(f"left in 16 bits: {', '.join(done.left_by_itself)}", markup=False, soft_wrap=True)
+        console.print(f"left in 16 bits: {', '.join(done.left_by_itself)}", markup=False, soft_wrap=True)
     say(done, {**asdict(result), "left_by_itself": done.left_by_itself}, said, as_json=as_json, asked=parity)
 
 
@@ -124,6 +125,7 @@ def bnb(
     as_json: JsonOption = False,
 ) -> None:
     """LLM.int8 or NF4 weights (bitsandbytes), for transformers on one device."""
+    human(as_json)  # Before libraries are imported that print.
     done = bitsandbytes.export_bnb(
         source,
         out,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmpeft.core.errors import OutputError
+from mmpeft.core.files import writing
 from mmpeft.core.types import IGNORE_INDEX
 
 
@@ -39,10 +41,21 @@ class Said:
         self.folder, self.count = folder, 0
 
     def keep(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Let the first model read the batches."""
+        """Let the first model read the batches.
+
+        Raises:
+            OutputError: there is no room for what it says.
+        """
         for batch in batches:
             logits = answer_logits(model, batch)
-            save_file({"logits": logits.cpu()}, self.folder / f"{self.count:06d}.safetensors")
+            try:
+                with writing(self.folder):
+                    save_file({"logits": logits.cpu()}, self.folder / f"{self.count:06d}.safetensors")
+            except OutputError as error:
+                raise OutputError(
+                    f"{error}; what the source says of held-out samples is kept there: compare fewer (--samples), or "
+                    "set TMPDIR to a folder with room"
+                ) from error
             self.count += 1
 
     def against(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> Agreement:
@@ -58,7 +71,12 @@ class Said:
             divergence += float((expected.exp() * (expected - found)).sum())
         if not tokens:
             return Agreement(tokens=0, top1=math.nan, kl=math.nan)
-        return Agreement(tokens=tokens, top1=same / tokens, kl=divergence / tokens)
+        # It is never negative but by rounding.
+        return Agreement(tokens=tokens, top1=same / tokens, kl=_positive(divergence / tokens))
+
+
+def _positive(value: float) -> float:
+    return 0.0 if value < 0 else value
 
 
 def answer_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:

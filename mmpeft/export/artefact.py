@@ -2,9 +2,10 @@
 
 merged/
   (the files of the export)
-  mmpeft.json      {"artefact": "merged model", "files": [...], and what else is recorded}
+  mmpeft.json      {"artefact": "merged model", "files": [...], "sizes": {...}, and what else is recorded}
 
-By `artefact` and `files` a later export knows what it may replace: that, and nothing that somebody else put there.
+By `artefact` and `files` a later export knows what it may replace: that, and nothing that somebody else put there. By
+`sizes`, in bytes, `mmpeft push` knows whether a file has been cut short since.
 """
 
 import contextlib
@@ -85,22 +86,45 @@ def artefact(
         with whole_directory(path.absolute()) as folder:
             made = Artefact(folder, dict(facts or {}))
             yield made
-            files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-            write_json(folder / FACTS_NAME, {**made.facts, "artefact": kind, "files": files})
+            files = sorted((str(file.relative_to(folder)), file) for file in folder.rglob("*") if file.is_file())
+            written = {
+                "files": [name for name, _ in files],
+                "sizes": {name: file.stat().st_size for name, file in files},
+            }
+            write_json(folder / FACTS_NAME, {**made.facts, "artefact": kind, **written})
     except KeyboardInterrupt as error:
         left = "what stood there is as it was" if stood else "nothing was left there"
         raise RunInterrupted(f"{path}: stopped; {left}; the same command begins anew") from error
+
+
+def check_output(path: str | Path, *, needs: int = 0, sources: Iterable[str | Path] = ()) -> None:
+    """What `artefact` would refuse, to be asked before long work; nothing is written.
+
+    Raises:
+        OutputError: the place holds something else, is a source, or has no room.
+    """
+    path = Path(path).expanduser()
+    _check_sources(path, sources)
+    check_replaceable(path)
+    check_room(path, needs)
 
 
 def _sweep(path: Path) -> None:
     """Remove what an export to the same place has left that was killed, which had no time to do it itself.
 
     It is known by the number of a process that is no more, and, since another machine may number its processes alike,
-    by nothing having been written into it for a while.
+    by nothing having been written into it for a while. What stood at `path` goes back there if the kill came while the
+    two changed places.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        number = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if number.isdigit() and not _runs(int(number)) and time.time() - left.stat().st_mtime > _SWEPT_AFTER:
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        number, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
+        dead = number.isdigit() and kind in ("tmp", "old") and not is_running(int(number))
+        if not dead or time.time() - left.stat().st_mtime <= _SWEPT_AFTER:
+            continue
+        if kind == "old" and not path.exists():
+            logger.warning("putting %s back to %s, after an export that was killed", left, path)
+            left.rename(path)
+        else:
             logger.warning("removing %s, which an export that was killed has left", left)
             shutil.rmtree(left, ignore_errors=True)
 
@@ -109,7 +133,8 @@ _SWEPT_AFTER = 600
 """Seconds without a new file."""
 
 
-def _runs(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether a process of this number is there."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

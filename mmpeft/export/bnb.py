@@ -23,6 +23,9 @@ from mmpeft.models.weightless import read_config
 
 BnbKind = Literal["int8", "nf4"]
 
+COPIES = 2
+"""Of the model's weights that there is room for while it is written: the merged one lies beside what comes of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BnbResult:
@@ -58,12 +61,12 @@ def write_bnb(export: Int8Export, output: str | Path, *, kind: BnbKind, device: 
     source, merged = export.source, export.merged
     facts = source.own_facts
     facts |= {"base_model": source.base_name, "bitsandbytes": kind, "left": dict(export.linears.left)}
-    needs = 2 * merged.checkpoint.bytes
+    needs = COPIES * merged.checkpoint.bytes
     with artefact(output, kind=BNB, needs=needs, sources=source.folders, facts=facts) as out:
         config = base_config(source.base)
         config = untied(config) if merged.untied else config
         write_companions(source, out.folder, config=config, trust_remote_code=export.trust)
-        with tempfile.TemporaryDirectory(prefix=".merged-", dir=out.folder.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".merged-", dir=out.folder) as folder:
             write_companions(source, Path(folder), config=config, trust_remote_code=export.trust)
             write_shards(iter(merged), Path(folder))
             model = _read(folder, _settings(export, kind), device, trust_remote_code=export.trust)
@@ -73,6 +76,18 @@ def write_bnb(export: Int8Export, output: str | Path, *, kind: BnbKind, device: 
         )
         written = Checkpoint(out.folder).bytes
     return BnbResult(output=Path(output), quantized=names, bytes=written, before=merged.checkpoint.bytes)
+
+
+def precision_of(folder: str | Path) -> str:
+    """The `dtype` to load a directory with: of bitsandbytes' weights that of config.json, else `auto`.
+
+    transformers 5.24 brings but a part of a bitsandbytes checkpoint to another precision, and its layers then refuse
+    each other. That has gone when such a model in bfloat16 answers after `from_pretrained(dtype=torch.float32)`.
+    """
+    file = Path(folder) / "config.json"
+    config = base_config(Path(folder)) if file.is_file() else {}
+    quantized = config.get("quantization_config") or {}
+    return str(config.get("dtype") or "auto") if quantized.get("quant_method") == "bitsandbytes" else "auto"
 
 
 def without_uneven(export: Int8Export, kind: BnbKind) -> Int8Export:

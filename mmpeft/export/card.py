@@ -92,7 +92,7 @@ def _content(facts: Mapping[str, Any], card: Published) -> dict[str, Any]:
     }
 
 
-_COMPARED = ("agreement", "metrics", "bytes", "seconds")
+_COMPARED = ("agreement", "metrics", "bytes", "memory", "seconds")
 """What parity.json says of an export and its source."""
 
 

@@ -20,12 +20,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from mmpeft.core.errors import AdapterError
+from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json, write_json, writing
 from mmpeft.export.artefact import artefact
-from mmpeft.export.merge import BASE_LAYOUT, MergedModel
+from mmpeft.export.merge import BASE_LAYOUT, MergedModel, all_finite
 from mmpeft.export.shards import Checkpoint
-from mmpeft.export.sources import BASE_REVISION, Source, find_source, write_companions
+from mmpeft.export.sources import BASE_REVISION, OF_FILES, Source, find_source, write_companions
 from mmpeft.models.load import FACTS_NAME, load_processor
 
 KIND = "composed model"
@@ -76,7 +76,7 @@ def compose(
 
     Raises:
         AdapterError: it is no adapter, does not fit the base, or trains nothing whole.
-        ModelError: the base is not whole, quantized, or has no processor.
+        ModelError: the base is not whole, quantized, has no processor, or weights that are NaN or infinite.
         OutputError: the output holds something else, has no room, or cannot be written; it is then as it was.
     """
     source = find_source(adapter, base=base)
@@ -103,6 +103,7 @@ def compose(
         model = out.folder / "model"
         model.mkdir()
         write_companions(source, model, trust_remote_code=trust_remote_code)
+        _check_finite(checkpoint)
         with writing(model):
             linked, copied = _place(checkpoint, model, changing, link=link)
             _write_over(merged, model)
@@ -120,6 +121,13 @@ def compose(
         copied=tuple(copied),
         notes=_notes(read_json(source.adapter / CONFIG_NAME)) if has_lora else (),
     )
+
+
+def _check_finite(checkpoint: Checkpoint) -> None:
+    """Refuse a base with weights that are no numbers, in files that are only linked as well; each is read once."""
+    for name, tensor in checkpoint:
+        if not all_finite(tensor):
+            raise ModelError(f"{checkpoint.folder}: {name} has weights that are NaN or infinite; fetch it again")
 
 
 def _needs(source: Source, output: Path, changing: list[str], *, link: bool) -> int:
@@ -185,7 +193,7 @@ def _write_lora(source: Source, folder: Path, model: Path, checkpoint: Checkpoin
     bare = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "revision": None}
     write_json(folder / CONFIG_NAME, {**config, **bare, "base_model_name_or_path": str(model)})
     facts = {
-        **{key: value for key, value in source.facts.items() if key not in ("artefact", "files", BASE_REVISION)},
+        **{key: value for key, value in source.facts.items() if key not in (*OF_FILES, BASE_REVISION)},
         "base_model": str(model),
         "base_model_relative": "../model",
         BASE_LAYOUT: checkpoint.layout_hash(),

@@ -145,7 +145,12 @@ def _outdated(api: HfApi, repo: str, names: set[str]) -> list[str]:
     there = set(api.list_repo_files(repo))
     if MANIFEST not in there:
         return []
-    written = read_json(Path(api.hf_hub_download(repo, MANIFEST))).get("files") or {}
+    file = Path(api.hf_hub_download(repo, MANIFEST))
+    try:
+        written = dict(read_json(file)["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: its %s is damaged (%s), so no file of an earlier push is removed", repo, MANIFEST, error)
+        return []
     return sorted((set(written) & there) - names)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mmpeft.export.artefact import INT8, artefact
+from mmpeft.export.artefact import INT8, artefact, check_output
 from mmpeft.export.linears import Linears, choose_linears
 from mmpeft.export.merge import MergedModel
 from mmpeft.export.merged_model import untied
@@ -107,6 +107,17 @@ class Int8Export:
         made.settings = replace(self.settings, skip=(*self.settings.skip, *layers))
         made.linears = choose_linears(self._model, self.names, include=made.settings.include, skip=made.settings.skip)
         return made
+
+    def check_output(self, output: str | Path, *, times: int = 1) -> None:
+        """Refuse a place that `write` would refuse in the end, before long work.
+
+        Args:
+            times: how many copies of the model's weights have to find room there.
+
+        Raises:
+            OutputError: the output holds something else, is read, or has no room.
+        """
+        check_output(output, needs=times * self.merged.checkpoint.bytes, sources=self.source.folders)
 
     def write(self, output: str | Path, measured: Measured | None = None) -> Int8Result:
         """Write the directory.

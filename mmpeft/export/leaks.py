@@ -25,12 +25,21 @@ SECRETS: Mapping[str, str] = {
 }
 """Patterns by what they find, in the formats that their issuers document."""
 
-_ROOTS = "home|Users|root|mnt|media|tmp|var|srv|opt|scratch|workspace|work|data|datasets|nfs|gpfs|lustre|private"
+_ROOTS = (
+    "home|Users|Volumes|root|mnt|media|tmp|var|srv|opt|export|scratch|workspace|work|data|datasets|nfs|gpfs|lustre"
+    "|private"
+)
 PATH = re.compile(
-    rf"(?<![\w.~:/\\<-])/(?:{_ROOTS})/[^\s\"'<>|:*?`,;)\]}}]+"
+    rf"(?<![\w.~:/\\<-])/(?:{_ROOTS})\d*/[^\s\"'<>|:*?`,;)\]}}]+"
+    r"|\bfile://[^\s\"'<>|*`,;)\]}]+"
     r"|(?<![\w/])[A-Za-z]:(?:\\{1,2}|/)(?!/)[\w.-]+(?:\\{1,2}|/)[^\s\"'<>|:*?`]*"
 )
-"""An absolute path below a folder where people keep files, of Linux, macOS or Windows."""
+"""An absolute path below a folder where people keep files, of Linux, macOS or Windows; or a URL of such a file."""
+
+_ESCAPED = re.compile(r"\\/|\\u00([2-7][0-9a-fA-F])")
+"""What JSON may write in place of a character; none is the end of a line."""
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"})
 """Files that hold pieces of every kind of text: only this machine's own names are looked for in them."""
@@ -93,12 +102,24 @@ def this_machine(*folders: Path, token: str | None = None) -> Local:
 
 
 def find_leaks(name: str, source: Path | bytes, local: Local) -> list[Leak]:
-    """What a file must not be published with: all of a text; of binary weights what they say of themselves."""
+    """What a file must not be published with: in its name, a text, or what binary weights say of themselves."""
+    return [*_in_name(name, local), *_in_content(name, source, local)]
+
+
+def _in_name(name: str, local: Local) -> list[Leak]:
+    found = _in_text("", name, local, lines=False)
+    return [Leak(file=name, line=None, what=f"{leak.what}, in the name of the file") for leak in found]
+
+
+def _in_content(name: str, source: Path | bytes, local: Local) -> list[Leak]:
     suffix = Path(name).suffix
     if suffix == ".safetensors":
         return _in_text(name, _safetensors_header(source), local, lines=False)
     if suffix == ".gguf":
         return _in_text(name, _head(source, _GGUF_HEADER).decode("latin-1"), local, lines=False)
+    if _head(source, 2) in _UTF16:
+        whole = source if isinstance(source, bytes) else source.read_bytes()
+        return _in_text(name, whole.decode("utf-16", errors="replace"), local, lines=True)
     found: list[Leak] = []
     before = 0
     for chunk, end in _chunks(source):
@@ -110,6 +131,7 @@ def find_leaks(name: str, source: Path | bytes, local: Local) -> list[Leak]:
 
 
 def _in_text(name: str, text: str, local: Local, *, lines: bool, before: int = 0) -> list[Leak]:
+    text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else "/", text)
     spots: list[tuple[int, str]] = []
     for what, secret in local.secrets.items():
         spots += [(at, what) for at in _places(text, secret)]

@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.export.names import Group, StoredNames
-from mmpeft.export.shards import Checkpoint
+from mmpeft.export.shards import Checkpoint, read_header
 from mmpeft.families.registry import trained_model
 from mmpeft.models.base import quantized_as
 from mmpeft.models.load import FACTS_NAME, attach_adapter
@@ -69,6 +69,7 @@ class MergedModel:
         self._pending: dict[str, torch.Tensor] = {}
         if adapter is None:
             return
+        _check_whole(Path(adapter))
         check_layout(self.checkpoint, Path(adapter))
         _check_quantized(self.config, self.checkpoint)
         model = weightless_model(self.config, str(base), trust_remote_code=trust_remote_code)
@@ -164,7 +165,7 @@ class MergedModel:
             ModelError: a number of it is NaN or infinite.
             AdapterError: one of the merged tensor is.
         """
-        if not _finite(tensor):
+        if not all_finite(tensor):
             raise ModelError(f"{self.checkpoint.folder}: {name} has weights that are NaN or infinite; fetch it again")
         if name not in self.changed:
             yield name, tensor
@@ -195,7 +196,7 @@ class MergedModel:
         if tuple(merged.shape) != tuple(tensor.shape):
             raise AdapterError(f"{name}: the adapter has shape {tuple(merged.shape)}, the base {tuple(tensor.shape)}")
         merged = merged.to(tensor.dtype)
-        if not _finite(merged):
+        if not all_finite(merged):
             raise AdapterError(
                 f"{name}: weights are NaN or infinite (in {str(tensor.dtype).removeprefix('torch.')}) once the adapter "
                 "is merged; it is damaged, or too large for that precision"
@@ -237,6 +238,14 @@ def check_layout(checkpoint: Checkpoint, adapter: Path) -> None:
         )
 
 
+def _check_whole(adapter: Path) -> None:
+    """Refuse an adapter's file that is cut short, which would seem not to fit the base."""
+    try:
+        read_header(adapter / SAFETENSORS_WEIGHTS_NAME)
+    except ModelError as error:
+        raise AdapterError(f"{adapter}: it is not whole ({error})") from error
+
+
 def _check_quantized(config: Any, checkpoint: Checkpoint) -> None:
     if method := quantized_as(config):
         raise ModelError(
@@ -245,7 +254,7 @@ def _check_quantized(config: Any, checkpoint: Checkpoint) -> None:
         )
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def all_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are; of a single one, such as a limit that Gemma 4 clamps by, only that it is not NaN."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
@@ -279,7 +288,7 @@ def _attached(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, Change],
     before = dict(inner.named_parameters(remove_duplicate=False))
     peft_model = attach_adapter(model, adapter, weightless=True)
     for name, weight in peft_model.named_parameters():
-        if weight.stride() != (0,) * weight.dim() and not _finite(weight):
+        if weight.stride() != (0,) * weight.dim() and not all_finite(weight):
             raise AdapterError(f"{adapter}: {name} has weights that are NaN or infinite; train or copy it again")
     changes: dict[str, Change] = {}
     identities: dict[str, Any] = {}

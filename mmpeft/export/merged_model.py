@@ -73,8 +73,10 @@ def merge(
     limit = shard_bytes(shard_size)
     source = find_source(adapter, base=base)
     merged = MergedModel(source.base, source.adapter, trust_remote_code=trust_remote_code)
+    # A copy stays what it is: of a merged model nobody would ask whether it was compared with its source.
+    kind = MERGED if source.adapter else str(source.facts.get("artefact") or MERGED)
     with artefact(
-        output, kind=MERGED, needs=merged.checkpoint.bytes, sources=source.folders, facts=_facts(source)
+        output, kind=kind, needs=merged.checkpoint.bytes, sources=source.folders, facts=_facts(source)
     ) as out:
         config = base_config(source.base)
         if merged.untied:

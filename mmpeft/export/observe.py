@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpeft.export.w8a8 import through_int8, tokens_through_int8
+from mmpeft.export.w8a8 import scaled_through_int8, through_int8, tokens_through_int8
 
 
 @dataclass
@@ -32,7 +32,12 @@ class Observed:
 
 
 def observe(
-    model: nn.Module, linears: Iterable[str], batches: Iterable[Mapping[str, Any]], *, errors: bool = True
+    model: nn.Module,
+    linears: Iterable[str],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    errors: bool = True,
+    largest: Mapping[str, float] | None = None,
 ) -> dict[str, Observed]:
     """Let a model read batches, and watch linear layers.
 
@@ -41,28 +46,32 @@ def observe(
         linears: their names in it.
         batches: what its forward takes; without padding, which would be watched as well.
         errors: whether to measure what quantization changes.
+        largest: of static activations, by name the largest |x| that scales a layer's inputs; None: by token.
     """
-    with watching(model, linears, errors=errors) as found, torch.no_grad():
+    with watching(model, linears, errors=errors, largest=largest) as found, torch.no_grad():
         for batch in batches:
             model(**batch)
     return found
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, linears: Iterable[str], *, errors: bool = True) -> Iterator[dict[str, Observed]]:
+def watching(
+    model: nn.Module, linears: Iterable[str], *, errors: bool = True, largest: Mapping[str, float] | None = None
+) -> Iterator[dict[str, Observed]]:
     """While it lasts, what goes through these linear layers is added up; yields it by name."""
     found: dict[str, Observed] = {}
     with contextlib.ExitStack() as stack:
         for name in linears:
             layer: Any = model.get_submodule(name)
             found[name] = Observed(torch.zeros(layer.in_features, device=layer.weight.device))
-            stack.callback(layer.register_forward_hook(_Watch(found[name], errors=errors)).remove)
+            watch = _Watch(found[name], errors=errors, largest=_of(largest, name))
+            stack.callback(layer.register_forward_hook(watch).remove)
         yield found
 
 
 class _Watch:
-    def __init__(self, found: Observed, *, errors: bool) -> None:
-        self.found, self.errors = found, errors
+    def __init__(self, found: Observed, *, errors: bool, largest: float | None) -> None:
+        self.found, self.errors, self.largest = found, errors, largest
 
     def __call__(self, layer: Any, inputs: Any, output: torch.Tensor) -> None:
         [x] = inputs
@@ -70,22 +79,38 @@ class _Watch:
         torch.maximum(found.largest, x.detach().float().abs().flatten(0, -2).amax(0), out=found.largest)
         if self.errors:
             right = output if layer.bias is None else output - layer.bias
-            ours = nn.functional.linear(tokens_through_int8(x), through_int8(layer.weight))
+            ours = nn.functional.linear(_inputs_through_int8(x, self.largest), through_int8(layer.weight))
             found.wrong += float((ours.float() - right.float()).square().sum())
             found.right += float(right.float().square().sum())
 
 
 @contextlib.contextmanager
-def simulated(model: nn.Module, linears: Iterable[str]) -> Iterator[None]:
-    """While it lasts, these linear layers compute as they will when they are quantized, activations included."""
+def simulated(
+    model: nn.Module, linears: Iterable[str], *, largest: Mapping[str, float] | None = None
+) -> Iterator[None]:
+    """While it lasts, these linear layers compute as they will when they are quantized, activations included.
+
+    Args:
+        model: the whole model.
+        linears: their names in it.
+        largest: of static activations, by name the largest |x| that scales a layer's inputs; None: by token.
+    """
     with contextlib.ExitStack() as stack:
         for name in linears:
             layer: Any = model.get_submodule(name)
             stack.callback(setattr, layer.weight, "data", layer.weight.data)
             layer.weight.data = through_int8(layer.weight.data)
-            stack.callback(layer.register_forward_pre_hook(_pass_tokens).remove)
+            stack.callback(layer.register_forward_pre_hook(_passing(_of(largest, name))).remove)
         yield
 
 
-def _pass_tokens(layer: nn.Module, inputs: Any) -> Any:
-    return (tokens_through_int8(inputs[0]), *inputs[1:])
+def _of(largest: Mapping[str, float] | None, name: str) -> float | None:
+    return None if largest is None else largest[name]
+
+
+def _passing(largest: float | None) -> Any:
+    return lambda layer, inputs: (_inputs_through_int8(inputs[0], largest), *inputs[1:])
+
+
+def _inputs_through_int8(x: torch.Tensor, largest: float | None) -> torch.Tensor:
+    return tokens_through_int8(x) if largest is None else scaled_through_int8(x, largest)

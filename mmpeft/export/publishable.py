@@ -9,13 +9,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from mmpeft.core.errors import AdapterError, HubError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.export.artefact import BNB, GGUF, INT8, MERGED, ONNX
+from mmpeft.export.merge import all_finite
+from mmpeft.export.sources import PROCESSOR_FILES, check_single
 from mmpeft.models.load import FACTS_NAME
 
 Kind = Literal["adapter", "model", "merged", "int8", "bnb", "onnx", "gguf"]
@@ -33,8 +34,13 @@ _ARTEFACTS: Mapping[str, Kind] = {
 }
 """What mmpeft.json of an export calls it, as `artefact`."""
 
-_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_WEIGHTS = (".onnx", ".onnx.data", ".gguf")
+"""Ends of the names of weights that are no safetensors."""
+
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
+_PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".npz", ".parquet", ".arrow")
+"""Compressed, so that a secret in them would not be found."""
+
 _LEFT_OUT = (
     "checkpoint-*",
     "*.tmp",
@@ -44,7 +50,6 @@ _LEFT_OUT = (
     "relief.json",
     "trainer_state.json",
 )
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,7 @@ def open_publishable(path: Path, *, exclude: tuple[str, ...] = ()) -> Publishabl
 
     Raises:
         HubError: it is no adapter, model or export.
+        AdapterError: it holds several adapters by names.
     """
     if not path.is_dir():
         raise HubError(f"{path}: no such directory; expected a run, an adapter, a model or an export")
@@ -92,9 +98,12 @@ def open_publishable(path: Path, *, exclude: tuple[str, ...] = ()) -> Publishabl
 
 def _json(file: Path) -> Any:
     try:
-        return read_json(file)
+        found = read_json(file)
     except ValueError as error:
         raise HubError(f"{file}: not valid JSON ({error}); make it again") from error
+    if not isinstance(found, dict):
+        raise HubError(f"{file}: holds a {type(found).__name__}, not entries by name; make it again")
+    return found
 
 
 def _compared(parity: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -110,6 +119,7 @@ def _kind(path: Path) -> tuple[Kind, Mapping[str, Any]]:
         return "model", {}
     if (path / CONFIG_NAME).is_file():
         return "adapter", {}
+    check_single(str(path))
     raise HubError(
         f"{path}: holds no {CONFIG_NAME}, no config.json and no {FACTS_NAME} of an export; expected a run that has "
         "ended, an adapter, a model or an export"
@@ -121,6 +131,8 @@ def _files(path: Path, exclude: tuple[str, ...]) -> tuple[dict[str, Path], dict[
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if not file.is_file():
+            if file.is_symlink():
+                left_out[name] = "a link to a folder, or to nothing"
             continue
         if any(part.startswith(".") for part in name.split("/")):
             left_out[name] = "hidden"
@@ -128,6 +140,8 @@ def _files(path: Path, exclude: tuple[str, ...]) -> tuple[dict[str, Path], dict[
             left_out[name] = "left by training, no part of the result"
         elif file.suffix in _PICKLED:
             left_out[name] = "pickled: reading it can run code"
+        elif file.suffix in _PACKED:
+            left_out[name] = "packed: it cannot be searched for secrets"
         elif any(fnmatch(name, pattern) for pattern in exclude):
             left_out[name] = "as asked"
         else:
@@ -147,13 +161,14 @@ def check_whole(artefact: Publishable) -> None:
     wanted = _wanted(artefact)
     if lacking := [name for name in wanted if name not in artefact.files]:
         raise failed(f"{artefact.path}: no {' and no '.join(lacking)}; make it again, or copy the whole directory")
-    if not any(name in artefact.files for name in _PROCESSORS) and artefact.kind != "gguf":
+    if not any(name in artefact.files for name in PROCESSOR_FILES) and artefact.kind != "gguf":
         raise failed(
-            f"{artefact.path}: no processor ({' or '.join(_PROCESSORS)}), so pictures could not be prepared as in "
+            f"{artefact.path}: no processor ({' or '.join(PROCESSOR_FILES)}), so pictures could not be prepared as in "
             "training; save it there: processor.save_pretrained(...)"
         )
     for name, file in artefact.files.items():
         try:
+            _check_size(name, file, artefact.export.get("sizes") or {})
             if name.endswith(".safetensors"):
                 _check_length(file)
                 _check_finite(file)
@@ -163,12 +178,30 @@ def check_whole(artefact: Publishable) -> None:
             raise failed(f"{file}: {error}; make it again, or copy it anew") from error
 
 
+def check_links(artefact: Publishable) -> None:
+    """Refuse links to files elsewhere on this machine; those of the Hub's own cache lead to what it downloaded.
+
+    Raises:
+        HubError: names the first, and what to do.
+    """
+    folder = artefact.path.resolve()
+    roots = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for name, file in artefact.files.items():
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise HubError(
+                f"{file}: a link to {file.resolve()}, outside of what is published, so nothing was sent; put a copy of "
+                f"the file in its place, or leave it out: --exclude {name}"
+            )
+
+
 def _wanted(artefact: Publishable) -> list[str]:
+    """Names of the files without which it is not whole: of an export all weights that its exporter has written."""
     if artefact.kind == "adapter":
         return [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
     if artefact.kind in ("onnx", "gguf"):
         found = any(name.endswith(f".{artefact.kind}") for name in artefact.files)
-        return [] if found else [f"*.{artefact.kind}"]
+        listed = [name for name in artefact.export.get("files") or () if name.endswith(_WEIGHTS)]
+        return listed or ([] if found else [f"*.{artefact.kind}"])
     index = "model.safetensors.index.json"
     if index not in artefact.files:
         return ["config.json", "model.safetensors"]
@@ -195,6 +228,17 @@ def _check_length(file: Path) -> None:
         raise ValueError(f"cut short: it has {size:,} bytes of {whole:,}")
 
 
+def _check_size(name: str, file: Path, sizes: Mapping[str, int]) -> None:
+    """Whether weights without lengths of their own are as long as their exporter recorded.
+
+    Raises:
+        ValueError: they are not.
+    """
+    size = file.stat().st_size
+    if name.endswith(_WEIGHTS) and name in sizes and size != sizes[name]:
+        raise ValueError(f"cut short or changed: it has {size:,} bytes, {FACTS_NAME} says {sizes[name]:,}")
+
+
 def _check_begins(file: Path, start: bytes) -> None:
     with file.open("rb") as stream:
         if stream.read(len(start)) != start:
@@ -204,6 +248,5 @@ def _check_begins(file: Path, start: bytes) -> None:
 def _check_finite(file: Path) -> None:
     with safe_open(file, framework="pt") as stream:
         for name in stream.keys():  # noqa: SIM118
-            tensor = stream.get_tensor(name)
-            if tensor.dtype in _FLOATING and not torch.isfinite(tensor).all():
+            if not all_finite(stream.get_tensor(name)):
                 raise ValueError(f"{name} has values that are not finite (NaN or infinite)")

@@ -13,11 +13,18 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json, write_json
+from mmpeft.core.hashing import hash_file
 from mmpeft.export.merge import BASE_LAYOUT
 from mmpeft.export.shards import Checkpoint
 from mmpeft.families.qwen2_5_omni import SPEAKERS
 from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.models.load import FACTS_NAME, NOT_FETCHED, adapter_base, is_adapter, load_processor, resolve_adapter
+
+OF_FILES = ("artefact", "files", "sizes")
+"""Keys of mmpeft.json that say of which files a directory is."""
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""One of them lies where a processor does."""
 
 BASE_REVISION = "base_revision"
 """Key of mmpeft.json: the commit of a base from the Hub that an adapter was trained on."""
@@ -44,7 +51,7 @@ class Source:
     @property
     def own_facts(self) -> dict[str, Any]:
         """`facts` without what only says of which files its directory is."""
-        return {key: value for key, value in self.facts.items() if key not in ("artefact", "files")}
+        return {key: value for key, value in self.facts.items() if key not in OF_FILES}
 
     @property
     def folders(self) -> list[Path]:
@@ -61,19 +68,22 @@ def find_source(name: str | Path, *, base: str | Path | None = None) -> Source:
             mmpeft.json records.
 
     Raises:
-        ModelError: a model that is not there or cannot be reached.
-        AdapterError: no whole adapter there, or its base is not to be found.
+        ModelError: a model that is not there, cannot be reached, or has no processor.
+        AdapterError: no whole adapter there, or several, or its base is not to be found, or not what it was.
     """
-    name = str(name)
-    if (Path(name) / "adapter" / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
-        name = str(Path(name) / "adapter")
+    name = result_of(str(name))
+    check_single(name)
     if base is None and not is_adapter(name):
         folder = fetch_model(name)
+        _check_processor(folder, None)
         return Source(name=name, base=folder, base_name=name, adapter=None, facts=read_facts(folder))
     adapter = resolve_adapter(name)
+    read_adapter_config(adapter)
     facts = read_facts(adapter)
     if base is not None:
-        return Source(name=name, base=fetch_model(str(base)), base_name=str(base), adapter=adapter, facts=facts)
+        folder = fetch_model(str(base))
+        _check_processor(folder, adapter)
+        return Source(name=name, base=folder, base_name=str(base), adapter=adapter, facts=facts)
     found = adapter_base(adapter)
     revision = None if Path(found).is_dir() else facts.get(BASE_REVISION)
     try:
@@ -83,7 +93,61 @@ def find_source(name: str | Path, *, base: str | Path | None = None) -> Source:
         raise AdapterError(
             f"{name}: its base model{which} cannot be read ({error}); say where it is: --base DIRECTORY"
         ) from error
+    _check_unchanged(adapter, facts, folder)
+    _check_processor(folder, adapter)
     return Source(name=name, base=folder, base_name=found, adapter=adapter, facts=facts)
+
+
+def result_of(name: str) -> str:
+    """The adapter in the directory of a run or of a composed model; any other name as it is."""
+    within = (Path(name) / "adapter" / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file()
+    return str(Path(name) / "adapter") if within else name
+
+
+def check_single(name: str) -> None:
+    """Refuse a directory that holds several adapters and none itself, as PEFT saves those with names.
+
+    Raises:
+        AdapterError: names them.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or any((folder / file).is_file() for file in (CONFIG_NAME, "config.json")):
+        return
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
+    if inside:
+        raise AdapterError(
+            f"{name}: no adapter itself, but it holds {', '.join(inside)}; give the directory of one, such as "
+            f"{folder / inside[0]}"
+        )
+
+
+def _check_unchanged(adapter: Path, facts: Mapping[str, Any], base: Path) -> None:
+    """Refuse a base whose files of weights are others now than those that mmpeft.json records of training.
+
+    Raises:
+        AdapterError: names the first, and what to do.
+    """
+    recorded: Mapping[str, Any] = next((each for each in facts.get("base") or () if each.get("role") == "model"), {})
+    # A stage that trained a tower in full made a base of its own, of which nothing is recorded.
+    named = str(read_adapter_config(adapter).get("base_model_name_or_path"))
+    if Path(str(recorded.get("name"))).absolute() != Path(named).absolute():
+        return
+    for name, then in (recorded.get("files") or {}).items():
+        file = base / name
+        if file.suffix == ".safetensors" and file.is_file() and hash_file(file) != then:
+            raise AdapterError(
+                f"{adapter}: {file} has changed since the adapter was trained on it ({FACTS_NAME} records its hash); "
+                f"put the base back as it was, or say that it is meant as it is now: --base {base}"
+            )
+
+
+def _check_processor(base: Path, adapter: Path | None) -> None:
+    if not any((folder / file).is_file() for folder in (base, adapter) if folder for file in PROCESSOR_FILES):
+        beside = "" if adapter is None else f" and none beside the adapter in {adapter}"
+        raise ModelError(
+            f"{base}: no processor there ({' or '.join(PROCESSOR_FILES)}){beside}; copy it from where the model comes "
+            "from, or save it: processor.save_pretrained(...)"
+        )
 
 
 def fetch_model(name: str, *, revision: str | None = None) -> Path:
@@ -111,18 +175,38 @@ def base_facts(base: str) -> dict[str, Any]:
     return {BASE_REVISION: revision, BASE_LAYOUT: Checkpoint(folder).layout_hash()}
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Content of adapter_config.json.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        found = read_json(file)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder}: no {CONFIG_NAME} there; expected a directory that holds an adapter") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: holds a {type(found).__name__}, not settings by name; train or copy it again")
+    return found
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """Content of mmpeft.json; empty where there is none.
 
     Raises:
-        AdapterError: it is not JSON.
+        AdapterError: it is damaged.
     """
     file = folder / FACTS_NAME
     try:
         found = read_json(file) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: holds a {type(found).__name__}, not facts by name; train or copy it again")
+    return found
 
 
 def write_companions(

@@ -50,6 +50,12 @@ def tokens_through_int8(x: torch.Tensor) -> torch.Tensor:
     return (quantize(x, scale).float() * scale.float()).to(x.dtype)
 
 
+def scaled_through_int8(x: torch.Tensor, largest: float) -> torch.Tensor:
+    """Activations as static quantization passes them on: one scale for all, larger ones cut off; in their precision."""
+    scale = scale_of(torch.tensor([largest], device=x.device), x.dtype)
+    return (quantize(x, scale).float() * scale.float()).to(x.dtype)
+
+
 def quantization_config(ignore: Sequence[str], *, activations: Activations) -> dict[str, Any]:
     """The block `quantization_config` of a config.json.
 

@@ -1,9 +1,10 @@
 """`mmpeft export bnb`: the model is written as bitsandbytes holds it, and the gate looks at it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmpeft.export.bnb import BnbKind, BnbResult, without_uneven, write_bnb
+from mmpeft.export.bnb import COPIES, BnbKind, BnbResult, precision_of, without_uneven, write_bnb
 from mmpeft.export.int8 import Int8Export, Int8Settings
 from mmpeft.export.sources import find_source
 from mmpeft.models.devices import pick_device
@@ -37,7 +38,11 @@ def export_bnb(
     found = find_source(source, base=base)
     export = Int8Export(found, Int8Settings(skip=tuple(skip)), trust_remote_code=trust_remote_code)
     export = without_uneven(export, kind)
+    export.check_output(output, times=COPIES)
     place = pick_device(device)
+    if place.type == "cpu":
+        # DeepSpeed, where it is installed, looks for an accelerator when it is imported, and says that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not compare:
         result = write_bnb(export, output, kind=kind, device=place)
         return concluded(result, UNCOMPARED)
@@ -46,7 +51,8 @@ def export_bnb(
     with Gate(held_out, processor) as gate:
         gate.ask_source(source_model(found, device=device, trust_remote_code=trust_remote_code))
         result = write_bnb(export, output, kind=kind, device=place)
-        model, _ = load_model(result.output, device=device, trust_remote_code=trust_remote_code)
+        precision = precision_of(result.output)
+        model, _ = load_model(result.output, device=device, dtype=precision, trust_remote_code=trust_remote_code)
         sizes = (result.before, result.bytes)
         parity = gate.judge(model, threshold or Threshold(), sizes=sizes, layers={})
     return concluded(result, parity)

@@ -6,10 +6,15 @@ parity.json, beside the export
   agreement              tokens of held-out answers, share with the same most likely token, mean KL divergence
   metrics                {"source": {...}, "export": {...}} of the answers that both give
   seconds, bytes         to answer, and of all weights, of both
+  memory                 most that the process had while it answered, of both: tensors of an accelerator, on a CPU
+                         resident memory with all that the process holds beside the model
   layers                 the layers in which int8 changes outputs most, relative to them
 """
 
+import gc
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +24,12 @@ from typing import Any, Generic, Protocol, TypeVar
 from mmpeft.config.recipe import EvaluateConfig, Recipe
 from mmpeft.core.errors import DataError
 from mmpeft.core.files import write_json
+from mmpeft.core.memory import forget_peak, latest_peak_bytes
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import MultimodalDataset, load_dataset
 from mmpeft.evaluation.decode import placed
 from mmpeft.export.agreement import Agreement, Said
+from mmpeft.export.artefact import is_running
 from mmpeft.export.sources import Source
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.data import load_held_out
@@ -135,7 +142,8 @@ class Gate:
 
     def __init__(self, held_out: HeldOut, processor: Any) -> None:
         self.held_out, self.processor = held_out, processor
-        self._folder = tempfile.TemporaryDirectory(prefix="mmpeft-parity-")
+        _sweep()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{_KEPT}{os.getpid()}-")
         self._said = Said(Path(self._folder.name))
         self._source: dict[str, Any] = {}
 
@@ -176,6 +184,7 @@ class Gate:
         found, scores = self.agreement(model), self._scores(model)
         why = shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
         worst = sorted(layers.items(), key=lambda item: -item[1])
+        memory = {"source": self._source["memory"], "export": scores["memory"]}
         if why and worst:
             why.append("most is changed by " + ", ".join(f"{name} ({error:.1%})" for name, error in worst[:3]))
         return {
@@ -188,11 +197,29 @@ class Gate:
             "questions": len(scores["predictions"]),
             "seconds": {"source": self._source["seconds"], "export": scores["seconds"]},
             "bytes": dict(zip(("source", "export"), sizes, strict=True)),
+            **({"memory": memory} if None not in memory.values() else {}),
             "layers": [{"name": name, "error": error} for name, error in worst],
         }
 
     def _scores(self, model: Any) -> dict[str, Any]:
-        return evaluate_with(self.held_out.evaluate, model, self.processor, self.held_out.dataset)
+        """Scores of its answers, and the peak of memory that they took; None where the system does not tell."""
+        place = model.device.type
+        # Tensors that only references in a circle keep, such as the source's.
+        gc.collect()
+        told = forget_peak(place)
+        scores = evaluate_with(self.held_out.evaluate, model, self.processor, self.held_out.dataset)
+        return {**scores, "memory": latest_peak_bytes(place) if told else None}
+
+
+_KEPT = "mmpeft-parity-"
+
+
+def _sweep() -> None:
+    """Remove what gates of processes have left that were killed: logits, which may be gigabytes."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_KEPT}*-*"):
+        number = folder.name.removeprefix(_KEPT).partition("-")[0]
+        if number.isdigit() and not is_running(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def shortfalls(

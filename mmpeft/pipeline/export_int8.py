@@ -66,6 +66,7 @@ def export_int8(
     settings, threshold = settings or Int8Settings(), threshold or Threshold()
     found = find_source(source, base=base)
     export = Int8Export(found, settings, trust_remote_code=trust_remote_code)
+    export.check_output(output)
     if not compare:
         if auto_skip or settings.smooth or settings.activations == "static":
             raise RecipeError(
@@ -81,7 +82,7 @@ def export_int8(
         measured, errors = _measure(gate, model, export)
         left: tuple[str, ...] = ()
         if auto_skip:
-            left = tuple(_left_by_itself(gate, model, export, errors, threshold))
+            left = tuple(_left_by_itself(gate, model, measured, errors, threshold))
             export = export.with_skipped(left) if left else export
         del model
         result = export.write(output, measured)
@@ -100,8 +101,11 @@ def _measure(gate: Gate, model: Any, export: Int8Export) -> tuple[Measured, dict
             stored = set(export.names.parameters.values())
             first = next(_inputs(gate, model))
             steps = smooth(model, chosen, seen, first, strength=settings.smooth, stored=stored)
-        seen = observe(model, chosen, _inputs(gate, model))
-    largest = {name: float(each.largest.max()) for name, each in seen.items()}
+        largest: dict[str, float] = {}
+        if settings.activations == "static":
+            seen = observe(model, chosen, _inputs(gate, model), errors=False)
+            largest = {name: float(each.largest.max()) for name, each in seen.items()}
+        seen = observe(model, chosen, _inputs(gate, model), largest=largest or None)
     return Measured(largest=largest, smoothing=steps), {name: each.error for name, each in seen.items()}
 
 
@@ -111,12 +115,13 @@ def _inputs(gate: Gate, model: Any) -> Any:
 
 
 def _left_by_itself(
-    gate: Gate, model: Any, export: Int8Export, errors: Mapping[str, float], threshold: Threshold
+    gate: Gate, model: Any, measured: Measured, errors: Mapping[str, float], threshold: Threshold
 ) -> list[str]:
     worst = sorted(errors, key=lambda name: -errors[name])
 
     def passes(left: list[str]) -> bool:
-        with simulated(model, [name for name in worst if name not in left]):
+        # As the loaded export will compute it: with the scales that were measured, where activations have static ones.
+        with simulated(model, [name for name in worst if name not in left], largest=measured.largest or None):
             return not shortfalls(gate.agreement(model), {}, {}, threshold)
 
     return fewest_left(worst, passes)

@@ -18,7 +18,8 @@ from mmpeft.export.card_metadata import Published, base_of, hub_bases, inherited
 from mmpeft.export.hub import Pushed, Sent, check_repo, has_same_weights, send, size_of
 from mmpeft.export.leaks import find_leaks, this_machine
 from mmpeft.export.portable import Portable, cached_id, project_root
-from mmpeft.export.publishable import QUANTISED, Kind, Publishable, check_whole, open_publishable
+from mmpeft.export.publishable import QUANTISED, Kind, Publishable, check_links, check_whole, open_publishable
+from mmpeft.export.sources import read_adapter_config
 from mmpeft.models.load import FACTS_NAME, adapter_base
 from mmpeft.pipeline.directory import RunDirectory
 from mmpeft.pipeline.pictures import chart_files
@@ -152,6 +153,7 @@ def prepare(
     check_repo(repo)
     record, folder = _resolve(Path(path))
     artefact = open_publishable(folder, exclude=tuple(exclude))
+    check_links(artefact)
     _check_parity(artefact, unverified=unverified)
     check_whole(artefact)
     base, base_folder = _base(artefact, base_model)
@@ -180,7 +182,7 @@ def preview(path: str | Path, repo: str | None = None, *, base_model: str | None
     """
     record, folder = _resolve(Path(path))
     artefact = open_publishable(folder)
-    named = read_json(folder / CONFIG_NAME).get("base_model_name_or_path") if artefact.kind == "adapter" else None
+    named = read_adapter_config(folder).get("base_model_name_or_path") if artefact.kind == "adapter" else None
     base = base_model or (_hub_name(str(named)) if named else None)
     told = _Told.of(artefact, record, base=base, base_folder=None, repo=repo, license=None)
     return render_card(told.facts, told.about)
@@ -284,7 +286,7 @@ def _base(artefact: Publishable, wanted: str | None) -> tuple[str | None, Path |
     if artefact.kind != "adapter":
         return wanted, None
     config = artefact.files[CONFIG_NAME]
-    named = str(read_json(config).get("base_model_name_or_path") or "")
+    named = str(read_adapter_config(artefact.path).get("base_model_name_or_path") or "")
     if found := _hub_name(named):
         return wanted or found, None
     try:
@@ -323,7 +325,7 @@ def _portable(
         *([str(base_folder), str(base_folder.resolve())] if base_folder else []),
     ]
     if artefact.kind == "adapter":
-        folders.append(str(read_json(artefact.files[CONFIG_NAME]).get("base_model_name_or_path") or ""))
+        folders.append(str(read_adapter_config(artefact.path).get("base_model_name_or_path") or ""))
     names = {folder: base for folder in folders if base and folder.startswith("/")}
     return Portable(roots=roots, names=names)
 

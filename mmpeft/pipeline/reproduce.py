@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import AdapterError, DataError, ModelError
-from mmpeft.core.files import read_json
+from mmpeft.export.sources import read_facts
 from mmpeft.methods.checkpoint import read_weights
 from mmpeft.models.load import FACTS_NAME, load_processor, resolve_adapter
 from mmpeft.pipeline.base import resolve_base
@@ -76,8 +76,7 @@ def reproduce(
         ModelError, DataError: the base, the data or the media are not those it was trained on; names what changed.
     """
     folder = resolve_adapter(str(adapter))
-    file = folder / FACTS_NAME
-    facts = read_json(file) if file.is_file() else {}
+    facts = read_facts(folder)
     if not facts.get("recipe"):
         raise AdapterError(
             f"{adapter}: no {FACTS_NAME} with a recipe there; only what `mmpeft run` wrote can be made again"

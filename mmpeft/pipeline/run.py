@@ -54,6 +54,7 @@ from mmpeft.pipeline.relief import found_relief
 from mmpeft.pipeline.report import write_report
 from mmpeft.pipeline.stage import PlannedMemory, StageStart, prepare_stage, run_stage
 from mmpeft.pipeline.strategy import evaluation_sharing, launcher_strategy, pick_strategy
+from mmpeft.pipeline.waiting import without_hurry
 from mmpeft.training.recompute import advising
 
 logger = logging.getLogger(__name__)
@@ -416,17 +417,18 @@ class _Run:
             HubError: the Hub does not take it; the run is whole all the same.
         """
         hub = self.recipe.hub
-        address = None
-        if hub is not None and self.state.is_main_process:
+        if hub is None:
+            return None
+        with without_hurry():
+            if not self.state.is_main_process:
+                return None
             try:
                 pushed = push(
                     self.directory.path, hub.repo, private=hub.private, base_model=hub.base_model, license=hub.license
                 )
             except MMPeftError as error:
                 raise HubError(f"the run is done, but not pushed: {error}") from error
-            address = pushed.url
-        self.state.wait_for_everyone()
-        return address
+            return pushed.url
 
     def record(self) -> None:
         """run.json and the report, of a run that ended or broke off."""

@@ -63,3 +63,16 @@ def test_average_combine_and_convert(folder):
     again = load_file(folder / "converted" / "adapter_model.safetensors")
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_names_can_be_copied_from_a_narrow_terminal(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (folder / "runs" / "damaged").mkdir()
+    (folder / "runs" / "damaged" / "adapter_config.json").write_text("{")
+    (folder / "runs" / "damaged" / "adapter_model.safetensors").write_text("")
+    found = run("list", folder)
+    assert "\u2026" not in found
+    assert f"{folder / 'runs' / 'damaged' / 'adapter_config.json'}: cannot be read" in found
+    assert "train or copy it again" in found
+    save_adapter(shake(get_peft_model(load(folder / "base"), {"language": {"r": 2}}), 5), folder / "further")
+    assert "\u2026" not in run("diff", folder / "runs" / "lora", folder / "further")

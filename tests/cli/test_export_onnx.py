@@ -36,7 +36,21 @@ def test_adapter_becomes_graphs_that_answer(project):
     )
     model = OnnxModel.from_pretrained(out)
     picture = project / "data" / "images" / "eval-1.png"
-    assert answer(model, model.processor, images=[picture], prompt="bright?", max_new_tokens=3)
+    said = answer(model, model.processor, images=[picture], prompt="bright?", max_new_tokens=3)
+    assert said
+    words = ["--image", str(picture), "--prompt", "bright?", "--max-new-tokens", "3", "--json"]
+    done = CliRunner().invoke(app, ["generate", str(out), *words])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["answer"] == said
+    data = project / "data" / "eval.json"
+    words = ["--data", str(data), "--media-root", str(data.parent / "images"), "--metric", "exact_match", "--json"]
+    done = CliRunner().invoke(app, ["evaluate", str(out), *words, "--max-new-tokens", "3"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["metrics"] == parity["metrics"]["export"]
+    for words, what in ((["--adapter", "x"], "takes no adapter"), (["--device", "cuda"], "answers on the CPU")):
+        done = CliRunner().invoke(app, ["generate", str(out), "--prompt", "x", *words])
+        assert isinstance(done.exception, RecipeError)
+        assert what in str(done.exception)
 
 
 def test_what_falls_below_has_status_1(project):

@@ -12,7 +12,7 @@ from collections import namedtuple
 import pytest
 
 from mmpeft.core.errors import OutputError, RunInterrupted
-from mmpeft.export.artefact import artefact
+from mmpeft.export.artefact import artefact, check_output
 
 KILLED = """
 import sys, time
@@ -39,6 +39,7 @@ def test_it_is_there_at_the_end_with_its_facts(tmp_path):
         "more": 1,
         "artefact": "merged model",
         "files": ["deep/a.txt"],
+        "sizes": {"deep/a.txt": 4},
     }
     assert os.listdir(path.parent) == ["out"]
 
@@ -155,3 +156,31 @@ def test_what_a_killed_export_has_left_is_removed_by_the_next(tmp_path):
     assert not (tmp_path / left).exists()
     assert all(folder.exists() for folder in others)
     assert not alive.exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_kill_while_old_and_new_change_places_loses_neither(finished, tmp_path):
+    path = write(tmp_path / "out", "old")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(20)
+    aside = tmp_path / f".out.{ended.pid}.old"
+    path.rename(aside)
+    os.utime(aside, (1, 1))
+    if finished:
+        write(tmp_path / "other", "new").rename(path)
+    with pytest.raises(ValueError, match="in the middle"), artefact(path, kind="test"):
+        raise ValueError("in the middle")
+    assert (path / "deep" / "a.txt").read_text() == ("new" if finished else "old")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_would_be_refused_can_be_asked_before_long_work(tmp_path):
+    check_output(tmp_path / "deep" / "new")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"it holds notes\.txt"):
+        check_output(tmp_path)
+    with pytest.raises(OutputError, match="will be written"):
+        check_output(tmp_path / "new", needs=10**18)
+    with pytest.raises(OutputError, match="which is read"):
+        check_output(tmp_path / "a", sources=[write(tmp_path / "a" / "base")])

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from mmpeft import get_peft_model, load_model, save_adapter
-from mmpeft.core.errors import AdapterError, OutputError
+from mmpeft.core.errors import AdapterError, ModelError, OutputError
 from mmpeft.export.compose import compose
 from tests.methods.test_attach import ask
 from tests.methods.test_checkpoint import load, shake
@@ -115,4 +115,17 @@ def test_what_there_is_nothing_to_do_for_is_refused(base, tmp_path):
     trained(base, tmp_path / "adapter")
     with pytest.raises(OutputError, match="it holds"):
         compose(tmp_path / "adapter", tmp_path / "lora")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_numbers_that_are_none_is_refused_in_linked_files_as_well(base, tmp_path):
+    trained(base, tmp_path / "adapter", {"projector": "full", "language": {"r": 2}})
+    file = min(base.glob("*.safetensors"))
+    assert file.name not in compose(tmp_path / "adapter", tmp_path / "first").rewritten
+    shutil.rmtree(tmp_path / "first")  # It has links to these files.
+    weights = load_file(file)
+    name = min(weights)
+    save_file({**weights, name: torch.full_like(weights[name], float("nan"))}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} has weights that are NaN or infinite; fetch it again"):
+        compose(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,17 +1,26 @@
 """An int8 model is whole, is read by plain transformers, says what its source says, and cannot lose its int8 unseen."""
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import mmpeft
 from mmpeft import Recipe
-from mmpeft.core.errors import DataError, ModelError, OutputError, RecipeError
+from mmpeft.core.errors import DataError, HubError, ModelError, OutputError, RecipeError
+from mmpeft.core.memory import forget_peak
 from mmpeft.export.agreement import Agreement
-from mmpeft.export.int8 import Int8Export, Int8Settings
+from mmpeft.export.int8 import Int8Export, Int8Settings, Measured
 from mmpeft.export.merged_model import merge
 from mmpeft.export.observe import observe, simulated
 from mmpeft.export.smooth import smooth
@@ -19,7 +28,9 @@ from mmpeft.export.sources import find_source
 from mmpeft.export.w8a8 import through_int8
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.load import load_model
-from mmpeft.pipeline.export_gate import Threshold, fewest_left, shortfalls
+from mmpeft.pipeline.answering import open_model
+from mmpeft.pipeline.export_gate import Gate, Threshold, fewest_left, shortfalls
+from mmpeft.pipeline.publish import prepare
 from tests.cli.test_main import call
 from tests.project import TWO_STAGES, write_project
 
@@ -203,6 +214,8 @@ def test_int8_is_not_exported_or_trained_in_full_again(exported, tmp_path):
         mmpeft.export_int8(exported.result.output, tmp_path / "out")
     done = merge(exported.result.output, tmp_path / "copy")
     assert sum(tensor.dtype == torch.int8 for tensor in tensors(done.output).values()) == 14
+    with pytest.raises(HubError, match="not compared with its source"):
+        prepare(done.output, "me/copy")
 
 
 def test_rows_through_int8_are_near():
@@ -222,3 +235,99 @@ def test_bitsandbytes_holds_linear_layers_and_says_much_the_same(run, tmp_path, 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(model.get_submodule(LAYER)).__module__.startswith("bitsandbytes")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_bitsandbytes_of_a_base_in_bfloat16_answers_on_a_cpu(run, tmp_path, kind):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    limits = Threshold(top1=0.0, kl=9.0, drop=1.0)
+    done = mmpeft.export_bnb(run / "adapter", tmp_path / "out", base=base, kind=kind, threshold=limits, device="cpu")
+    assert done.parity["passed"], done.parity["why"]
+    model, processor = open_model(str(tmp_path / "out"), device="cpu")
+    assert model.dtype == torch.bfloat16
+    picture = run.parent / "data" / "images" / "eval-1.png"
+    assert isinstance(mmpeft.answer(model, processor, images=[picture], prompt="bright?", max_new_tokens=2), str)
+
+
+def test_the_directory_of_a_run_means_its_adapter(run):
+    assert hasattr(open_model(str(run), device="cpu")[0], "peft_config")
+
+
+def test_static_activations_are_simulated_by_the_scale_that_was_measured(run, tmp_path):
+    export = Int8Export(find_source(run / "adapter"), Int8Settings(activations="static"))
+    source, processor = merged(run)
+    rows = processor(text="hello there", return_tensors="pt")
+    chosen = export.linears.chosen
+    # Far too small, so that everything larger is cut off: a scale by token would not show it.
+    largest = dict.fromkeys(chosen, 0.01)
+    export.write(tmp_path / "out", Measured(largest=largest))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = model(**rows).logits
+        with simulated(source, chosen, largest=largest):
+            wanted = source(**rows).logits
+        with simulated(source, chosen):
+            by_token = source(**rows).logits
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert (found - wanted).abs().max() < 0.2 * (found - by_token).abs().max()
+    cut = observe(source, chosen, [rows], largest=largest)
+    whole = observe(source, chosen, [rows])
+    assert all(cut[name].error > 2 * whole[name].error for name in chosen)
+
+
+def test_auto_skip_tries_what_will_be_written(monkeypatch, run, tmp_path):
+    seen = []
+    monkeypatch.setattr("mmpeft.pipeline.export_int8.simulated", lambda *args, **named: seen.append(named) or once())
+    for activations in ("dynamic", "static"):
+        settings = Int8Settings(activations=activations)
+        mmpeft.export_int8(run / "adapter", tmp_path / "out", settings=settings, auto_skip=True)
+    dynamic, static = seen[0]["largest"], seen[-1]["largest"]
+    assert dynamic is None
+    assert len(static) == 14
+
+
+def once():
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("make", [mmpeft.export_int8, mmpeft.export_bnb])
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_asked(make, monkeypatch, run, tmp_path):
+    monkeypatch.setattr("mmpeft.pipeline.export_gate.Gate.ask_source", lambda *_: pytest.fail("it was asked"))
+    (tmp_path / "thesis.tex").write_text("three years of work")
+    with pytest.raises(OutputError, match=r"it holds thesis\.tex"):
+        make(run / "adapter", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10**6))
+    with pytest.raises(OutputError, match="free space or choose another output"):
+        make(run / "adapter", tmp_path / "out")
+
+
+def test_no_room_for_what_the_source_says(monkeypatch, run, tmp_path):
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("mmpeft.export.agreement.save_file", full)
+    with pytest.raises(OutputError, match=r"the disk is full.*compare fewer \(--samples\), or set TMPDIR"):
+        mmpeft.export_int8(run / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_while_answering_is_that_of_both(exported):
+    if not forget_peak("cpu"):
+        pytest.skip("this system does not tell a peak of memory anew")
+    memory = exported.parity["memory"]
+    assert memory.keys() == {"source", "export"}
+    assert all(10**8 < used < 10**11 for used in memory.values())
+
+
+def test_what_a_killed_gate_has_left_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(20)
+    for name in (f"mmpeft-parity-{ended.pid}-abc", f"mmpeft-parity-{os.getpid()}-abc", "mmpeft-parity-mine"):
+        (tmp_path / name).mkdir()
+    with Gate(None, None):
+        left = {folder.name.rpartition("-")[0] for folder in tmp_path.iterdir()}
+    assert left == {f"mmpeft-parity-{os.getpid()}", "mmpeft-parity"}
+    assert len(list(tmp_path.iterdir())) == 2

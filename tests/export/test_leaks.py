@@ -25,6 +25,12 @@ PATHS = [
     "/scratch/.cache/a",
     "C:\\Users\\alice\\x",
     "/mnt/nfs/set/train.json",
+    "/gpfs01/alice/model",
+    "/" + "Volumes/disk/model",
+    "/export/home/al/x",
+    f"file://{HOME}/x.png",
+    f"{HOME}/data".replace("/", "\\/"),
+    f"{HOME}/data".replace("/", "\\u002F"),
 ]
 
 
@@ -62,6 +68,7 @@ def test_the_end_of_a_line_and_the_next_chunk_are_not_lost(tmp_path):
         "a/data/train.json is relative, ../data/x too",
         "the answer is /yes/no",
         "hf_model_name, task-sk-1, AKIA",
+        "\\u0120the \\\\/ \\u4f60",
         "<|im_start|>user\n</data>",
         "{{ '/' + message['role'] }}",
         "mmpeft push runs/receipts me/receipts",
@@ -109,3 +116,17 @@ def test_a_graph_may_not_say_which_source_file_it_was_made_of():
     content = f"\x08\x0a\0\0stack: File {HOME}/venv/lib/torch/x.py, line 3\0\0".encode()
     (found,) = find_leaks("decoder.onnx", content, NOTHING)
     assert HOME in str(found)
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_text_of_two_bytes_a_letter_is_searched(coding):
+    mark = {"utf-16": b"", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}[coding]
+    text = f"first\nkey: {SECRETS['a GitHub token']}\n"
+    (found,) = find_leaks("notes.txt", mark + text.encode(coding), NOTHING)
+    assert str(found).startswith("notes.txt:2: a GitHub token")
+
+
+def test_a_name_is_searched_like_what_is_in_the_file():
+    (found,) = find_leaks(f"sub/{SECRETS['a Hugging Face token']}.txt", b"x", NOTHING)
+    assert found.what == "a Hugging Face token (hf_a...), in the name of the file"
+    assert find_leaks("sub/data/home/x.txt", b"x", NOTHING) == []

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections import namedtuple
 
+import peft
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -21,8 +23,11 @@ from transformers import (
 import mmpeft
 from mmpeft import get_peft_model, load_model, save_adapter
 from mmpeft.core.errors import AdapterError, ModelError, OutputError, RecipeError
+from mmpeft.core.hashing import hash_file
 from mmpeft.export.merged_model import merge
+from mmpeft.export.publishable import open_publishable
 from mmpeft.methods.checkpoint import save_model
+from mmpeft.pipeline.answering import open_model
 from tests.families.qwen import tiny_whole_omni
 from tests.hub import local_hub
 from tests.methods.test_attach import ask
@@ -215,13 +220,32 @@ def test_a_merged_model_is_a_base_for_another_adapter(base, tmp_path):
         (lambda base, adapter: shutil.rmtree(base), AdapterError, "does not exist any more; put it back"),
         (lambda base, adapter: (base / "model.safetensors").unlink(), ModelError, "no model.safetensors there"),
         (lambda base, adapter: cut(base / "model.safetensors"), ModelError, "not a whole safetensors file"),
-        (lambda base, adapter: (base / "processor_config.json").unlink(), ModelError, "cannot be read as a processor"),
+        (
+            lambda base, adapter: (base / "processor_config.json").unlink(),
+            ModelError,
+            "no processor there .*none beside the adapter",
+        ),
         (lambda base, adapter: (base / "config.json").write_text("{"), ModelError, "cannot be read"),
-        (lambda base, adapter: cut(adapter / "adapter_model.safetensors"), AdapterError, "does not fit"),
+        (lambda base, adapter: cut(adapter / "adapter_model.safetensors"), AdapterError, "it is not whole"),
+        (lambda base, adapter: (adapter / "adapter_config.json").write_text("{"), AdapterError, "cannot be read"),
+        (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), AdapterError, "holds a list"),
         (lambda base, adapter: (adapter / "mmpeft.json").write_text("{"), AdapterError, "mmpeft.json: cannot be read"),
+        (lambda base, adapter: (adapter / "mmpeft.json").write_text("[]"), AdapterError, "mmpeft.json: holds a list"),
         (lambda base, adapter: remote_code(base), ModelError, "brings code of its own"),
     ],
-    ids=["base", "weights", "cut", "processor", "config", "adapter", "facts", "code"],
+    ids=[
+        "base",
+        "weights",
+        "cut",
+        "processor",
+        "config",
+        "adapter",
+        "settings",
+        "no settings",
+        "facts",
+        "no facts",
+        "code",
+    ],
 )
 def test_what_is_lacking_or_damaged_leaves_nothing(spoil, error, message, base, tmp_path):
     trained(base, tmp_path / "adapter")
@@ -361,3 +385,25 @@ def test_a_base_given_by_hand_takes_the_named_ones_place(base, tmp_path):
     save_file({"a": torch.zeros(1)}, moved / "model.safetensors")
     with pytest.raises(AdapterError, match="does not store"):
         merge(tmp_path / "adapter", tmp_path / "merged-2", base=moved)
+
+
+def test_a_base_that_has_changed_since_training_is_refused(base, tmp_path):
+    record = {"role": "model", "name": str(base), "files": {"model.safetensors": hash_file(base / "model.safetensors")}}
+    trained(base, tmp_path / "adapter", facts={"base": [record]})
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"model.safetensors has changed since .* --base"):
+        merge(tmp_path / "adapter", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert merge(tmp_path / "adapter", tmp_path / "other", base=base).changed
+
+
+def test_of_several_adapters_by_names_one_has_to_be_given(base, processor, tmp_path):
+    model = peft.get_peft_model(load(base), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "both")
+    for open_it in (lambda name: merge(name, tmp_path / "out"), lambda name: open_model(str(name)), open_publishable):
+        with pytest.raises(AdapterError, match=r"both: no adapter itself, but it holds first, second; .*both/first"):
+            open_it(tmp_path / "both")
+    assert merge(tmp_path / "both" / "first", tmp_path / "out").changed == 4

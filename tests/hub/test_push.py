@@ -17,6 +17,7 @@ from mmpeft.core.files import read_json, write_json
 from tests.hub import READER, Fault, local_hub
 from tests.hub.store import files_of, sha256
 from tests.plain import PRELUDE
+from tests.processes import injected
 from tests.project import TWO_STAGES, write_base, write_project
 
 pytestmark = pytest.mark.slow
@@ -144,6 +145,14 @@ class TestRoundTrip:
         assert len(hub.put) == sent
         assert "evaluation.json" not in hub.names("me/receipts")
         assert "notes.md" in hub.names("me/receipts")
+
+    def test_what_is_there_by_hand_does_not_hinder_it(self, hub, tmp_path):
+        hub.create("me/by-hand")
+        hub.commit("me/by-hand", lambda draft: (draft / "mmpeft_files.json").write_text("[]"))
+        done = hub.mmpeft("push", write_base(tmp_path / "base"), "me/by-hand", home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert "its mmpeft_files.json is damaged" in done.stderr
+        assert "model.safetensors" in hub.names("me/by-hand")
 
     def test_a_base_of_that_name_with_other_weights_is_refused(self, hub, pushed, project, tmp_path):
         hub.create("me/other-base")
@@ -322,6 +331,39 @@ class TestRecipe:
         assert read_json(hub.head("me/ran") / "adapter_config.json")["base_model_name_or_path"] == "me/ran-base"
         assert "model.safetensors" in hub.names("me/ran-base")
 
+    def test_of_two_processes_one_pushes_and_the_other_waits(self, hub, tmp_path):
+        write_project(tmp_path, stages=SHORT, processes=2)
+        # Their own limit for waiting is half an hour (gloo) or ten minutes (NCCL); a push may take longer.
+        impatient = injected(tmp_path / "site", IMPATIENT)
+        hub.faults.append(Fault("POST .*/me/ran-two/commit/main", 429, headers={"Retry-After": "15"}))
+        two = ("--set", "hub={repo: me/ran-two, base_model: me/ran-two-base}")
+        done = hub.mmpeft("run", tmp_path / "recipe.yaml", *two, "--json", home=tmp_path / "home", **impatient)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+        assert "answer 429; attempt 2 of 6 in 15 s" in done.stderr
+        assert json.loads(done.stdout)["published"] == f"{hub.endpoint}/me/ran-two"
+        assert hub.commits("me/ran-two") == hub.commits("me/ran-two-base") == 2
+        assert {"adapter_model.safetensors", "recipe.yaml", "figures/loss.svg"} <= hub.names("me/ran-two")
+
+    def test_of_two_processes_both_end_where_the_hub_does_not_take_it(self, hub, tmp_path):
+        write_project(tmp_path, stages=SHORT, processes=2)
+        hub.faults.append(Fault("POST .*/me/ran-off/commit/main", 400, times=99))
+        two = ("--set", "hub={repo: me/ran-off, base_model: me/ran-off-base}")
+        done = hub.mmpeft("run", tmp_path / "recipe.yaml", *two, "--json", home=tmp_path / "home")
+        assert done.returncode == 1
+        assert done.stderr.count("error: the run is done, but not pushed: me/ran-off") == 1
+        assert "Traceback" not in done.stderr
+        assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+        assert hub.names("me/ran-off") == set()
+        denied = hub.mmpeft(
+            *("run", tmp_path / "recipe.yaml", "--set", f"output={tmp_path / 'denied'}", *two),
+            home=tmp_path / "home",
+            HF_TOKEN=READER,
+        )
+        assert denied.returncode == 1
+        assert denied.stderr.count("me/ran-off: this token may not write there") == 1
+        assert not (tmp_path / "denied" / "stages").exists()
+
     def test_who_may_not_write_is_told_before_anything_is_trained(self, hub, tmp_path):
         write_project(tmp_path, stages=SHORT)
         done = hub.mmpeft(*self.command(tmp_path), home=tmp_path / "home", HF_TOKEN=READER)
@@ -329,6 +371,14 @@ class TestRecipe:
         assert "me/ran: this token may not write there" in done.stderr
         assert not (tmp_path / "run" / "stages").exists()
 
+
+IMPATIENT = """
+import datetime, functools
+from torch import distributed
+distributed.init_process_group = functools.partial(
+    distributed.init_process_group, timeout=datetime.timedelta(seconds=10)
+)
+"""
 
 TRAINER = f"""{PRELUDE}
 import sys

@@ -212,10 +212,40 @@ def test_what_training_leaves_behind_does_not_go(project):
     (adapter / "checkpoint-4").mkdir()
     (adapter / "checkpoint-4" / "x.json").write_text("{}")
     (adapter / ".env").write_text("TOKEN=1")
+    (adapter / "more.zip").write_bytes(b"PK")
     made = prepare(adapter, "me/x", base_model="me/base")
     assert not {"training_args.bin", "checkpoint-4/x.json", ".env"} & set(made.files)
     assert made.left_out["training_args.bin"] == "pickled: reading it can run code"
     assert made.left_out[".env"] == "hidden"
+    assert made.left_out["more.zip"] == "packed: it cannot be searched for secrets"
+
+
+def test_a_link_out_of_the_folder_is_refused_by_name(project, tmp_path):
+    adapter, private = project / "run" / "adapter", tmp_path / "private"
+    private.mkdir()
+    (private / "diary.txt").write_text("dear diary")
+    (adapter / "notes.txt").symlink_to(private / "diary.txt")
+    with pytest.raises(HubError, match=r"notes.txt: a link to .*diary.txt.*--exclude notes.txt"):
+        prepare(adapter, "me/x", base_model="me/base")
+    (adapter / "private").symlink_to(private)
+    (adapter / "nowhere").symlink_to(private / "gone")
+    made = prepare(adapter, "me/x", base_model="me/base", exclude=("notes.txt",))
+    assert not {name for name in made.files if "notes" in name or "private" in name}
+    assert made.left_out["private"] == made.left_out["nowhere"] == "a link to a folder, or to nothing"
+    (adapter / "inside.txt").symlink_to("README.md")
+    (adapter / "README.md").write_text("inside")
+    assert "inside.txt" in prepare(adapter, "me/x", base_model="me/base", exclude=("notes.txt",)).files
+
+
+def test_a_model_in_the_hubs_cache_may_be_pushed(tmp_path):
+    """Its files are links to what was downloaded."""
+    cache = tmp_path / "models--org--base"
+    snapshot = write_base(cache / "snapshots" / "0123abc")
+    (cache / "blobs").mkdir()
+    for file in snapshot.iterdir():
+        file.rename(cache / "blobs" / file.name)
+        file.symlink_to(Path("../../blobs") / file.name)
+    assert "model.safetensors" in prepare(snapshot, "me/base").files
 
 
 def test_where_the_hub_may_not_be_asked_it_is_said_at_once(made):
@@ -262,6 +292,50 @@ class TestNotWhole:
             shard.write_bytes(shard.read_bytes()[: -10 if how == "truncated" else 5])
         with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors"):
             prepare(base, "me/base")
+
+    def test_settings_that_cannot_be_read(self, project):
+        adapter = project / "run" / "adapter"
+        for text, said in (("{", "cannot be read"), ("[]", "holds a list")):
+            (adapter / "adapter_config.json").write_text(text)
+            for make in (lambda: prepare(adapter, "me/x", base_model="me/base"), lambda: preview(adapter)):
+                with pytest.raises(AdapterError, match=rf"adapter_config.json: {said}.*train or copy it again"):
+                    make()
+
+    @pytest.mark.parametrize("name", ["mmpeft.json", "parity.json"])
+    def test_facts_that_cannot_be_read(self, tmp_path, name):
+        folder = export(tmp_path / "out", "int8", PASSED)
+        for text, said in (("{", "not valid JSON"), ("[]", "holds a list")):
+            (folder / name).write_text(text)
+            with pytest.raises(HubError, match=rf"{name}: {said}.*make it again"):
+                prepare(folder, "me/small")
+
+    def test_limits_that_are_infinite_are_weights_like_any_other(self, tmp_path):
+        """Gemma 4 clamps by buffers of one number, which may be infinite."""
+        base = write_base(tmp_path / "base")
+        weights = load_file(base / "model.safetensors")
+        for limit in (float("inf"), float("nan")):
+            stored = {**weights, "model.clamp.max": torch.tensor(limit)}
+            save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+            if limit == float("inf"):
+                assert "model.safetensors" in prepare(base, "me/base").files
+        with pytest.raises(ModelError, match=r"model.clamp.max has values that are not finite"):
+            prepare(base, "me/base")
+
+    @pytest.mark.parametrize("kind", ["onnx", "gguf"])
+    def test_a_file_of_an_export(self, tmp_path, kind):
+        data = f"decoder.{kind}.data" if kind == "onnx" else f"more.{kind}"
+        folder = export(tmp_path / "out", kind, PASSED)
+        (folder / data).write_bytes(b"GGUF" + bytes(90))
+        facts = read_json(folder / "mmpeft.json")
+        sizes = {name: (folder / name).stat().st_size for name in (f"decoder.{kind}", data)}
+        write_json(folder / "mmpeft.json", {**facts, "files": sorted(sizes), "sizes": sizes})
+        assert set(sizes) <= set(prepare(folder, "me/small").files)
+        (folder / data).write_bytes(b"GGUF" + bytes(80))
+        with pytest.raises(ModelError, match=rf"{re.escape(data)}: cut short or changed: it has 84 bytes"):
+            prepare(folder, "me/small")
+        (folder / data).unlink()
+        with pytest.raises(ModelError, match=rf"no {re.escape(data)}; make it again"):
+            prepare(folder, "me/small")
 
     def test_a_run_that_has_not_ended(self, project):
         shutil.rmtree(project / "run" / "adapter")

@@ -127,6 +127,13 @@ class TestWhatHasChanged:
         assert found.elsewhere == ("what it was made with is not recorded",)
 
 
+@pytest.mark.parametrize(("text", "said"), [("{", "cannot be read"), ("[]", "holds a list")])
+def test_a_damaged_record_is_refused(text, said, adapter):
+    (adapter / "mmpeft.json").write_text(text)
+    with pytest.raises(AdapterError, match=f"mmpeft.json: {said}"):
+        reproduce(adapter)
+
+
 def test_an_adapter_without_a_record_is_refused(adapter, tmp_path):
     (adapter / "mmpeft.json").unlink()
     with pytest.raises(AdapterError, match=r"no mmpeft.json with a recipe"):

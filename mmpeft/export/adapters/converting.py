@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from mmpeft.core.errors import AdapterError
-from mmpeft.export.adapters.files import LoraModule, take_apart
+from mmpeft.export.adapters.files import LoraModule, check_finite, take_apart
 from mmpeft.export.adapters.foreign import Foreign, candidates, read_foreign
 from mmpeft.export.artefact import artefact
 from mmpeft.export.merge import BASE_LAYOUT
@@ -72,10 +72,11 @@ def convert_adapter(
         trust_remote_code: whether code that comes with the base may run.
 
     Raises:
-        AdapterError: a tensor has no place in the base or another shape there, the scale of LoRA is not known, or a
-            pickle could run code.
+        AdapterError: a tensor has no place in the base or another shape there, the scale of LoRA is not known, a weight
+            is NaN or infinite, or a pickle could run code.
     """
     foreign = read_foreign(source)
+    check_finite(foreign.tensors, Path(source))
     folder = fetch_model(str(base))
     config = read_config(folder, trust_remote_code=trust_remote_code)
     model = weightless_model(config, str(base), trust_remote_code=trust_remote_code)

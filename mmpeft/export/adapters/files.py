@@ -17,8 +17,8 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
 from mmpeft.core.errors import AdapterError
-from mmpeft.core.files import read_json
-from mmpeft.export.sources import read_facts
+from mmpeft.export.merge import all_finite
+from mmpeft.export.sources import read_adapter_config, read_facts
 from mmpeft.methods.checkpoint import read_weights
 
 PREFIX = "base_model.model."
@@ -74,15 +74,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: there is none, it is damaged, or not of a LoRA.
     """
-    file = folder / CONFIG_NAME
-    try:
-        config = dict(read_json(file))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder}: no {CONFIG_NAME} there; expected a directory that holds an adapter") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
+    config = read_adapter_config(folder)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: an adapter of type {config.get('peft_type')!r}; only LORA is known here")
+        raise AdapterError(
+            f"{folder / CONFIG_NAME}: an adapter of type {config.get('peft_type')!r}; only LORA is known here"
+        )
     return config
 
 
@@ -90,13 +86,25 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     """An adapter's directory with all its tensors.
 
     Raises:
-        AdapterError: not a whole adapter, or a tensor in it has no partner.
+        AdapterError: not a whole adapter, a tensor in it has no partner, or is NaN or infinite.
     """
     folder = Path(folder)
     config = read_config(folder)
     weights = read_weights(folder)
+    check_finite(weights, folder)
     lora, whole = take_apart(weights, config, folder)
     return AdapterFiles(folder=folder, config=config, facts=read_facts(folder), lora=lora, whole=whole)
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        AdapterError: names the first.
+    """
+    bad = next((name for name, tensor in weights.items() if not all_finite(tensor)), None)
+    if bad is not None:
+        raise AdapterError(f"{source}: {bad} has weights that are NaN or infinite; train or copy it again")
 
 
 def take_apart(

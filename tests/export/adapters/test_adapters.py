@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 from mmpeft import get_peft_model, save_adapter
 from mmpeft.core.errors import AdapterError, RecipeError
 from mmpeft.export.adapters.comparing import diff_adapters
+from mmpeft.export.adapters.converting import convert_adapter
 from mmpeft.export.adapters.joining import average_adapters, combine_adapters
 from mmpeft.export.adapters.listing import list_adapters
 from mmpeft.export.merge import merged_tensors
@@ -221,3 +222,21 @@ def test_an_average_of_an_average_is_exact_as_well(trained, base, tmp_path):
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, (parts[0][name] + parts[1][name]) / 2, atol=1e-6, rtol=1e-6)
     assert sorted(os.listdir(first)) == sorted(os.listdir(second))
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(trained, base, tmp_path):
+    good, _ = trained("good", BOTH)
+    bad, _ = trained("bad", BOTH)
+    weights = load_file(bad / "adapter_model.safetensors")
+    name = min(weights)
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, bad / "adapter_model.safetensors", metadata={"format": "pt"})
+    for make in (
+        lambda: average_adapters([good, bad], tmp_path / "out"),
+        lambda: combine_adapters([good, bad], tmp_path / "out"),
+        lambda: diff_adapters(good, bad),
+        lambda: convert_adapter(bad, tmp_path / "out", base=base),
+    ):
+        with pytest.raises(AdapterError, match=r"bad: .* has weights that are NaN or infinite"):
+            make()
+    assert not (tmp_path / "out").exists()
