@@ -6,6 +6,8 @@ import gguf
 from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
+from mmpeft.export.gguf import write_gguf
+from mmpeft.export.sources import find_source
 from tests.families.models import MODELS
 from tests.tiny import IMAGE_TOKENS, tiny_clip_config, tiny_llama_config, tiny_processor
 
@@ -66,6 +68,11 @@ def saved(made, folder):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def written(source, out, **options):
+    """A directory's model or adapter as GGUF files."""
+    return write_gguf(find_source(source), out, **options)
 
 
 class Read:
