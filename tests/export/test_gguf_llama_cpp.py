@@ -4,40 +4,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig
 
-from tests.tiny import IMAGE_SIZE, PATCH_SIZE
+from tests.tiny import IMAGE_SIZE
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install --no-deps cyllama)")
 
 from mmpeft.core.errors import ModelError
 from mmpeft.export.llama_cpp import LlamaCpp, version
-from tests.export.gguf_models import llava_of, saved, tiny, written
+from tests.export.gguf_models import llava_of, saved, siglip_llava, tiny, written
 from tests.export.test_gguf import LORA, trained
 
 PICTURE = Image.linear_gradient("L").resize((IMAGE_SIZE, IMAGE_SIZE)).convert("RGB")
 PROMPT = "<|im_start|>user\n<picture>What is it, and how many are there?<|im_end|>\n<|im_start|>assistant\n"
-
-
-def siglip_llava(kind, **changes):
-    """A LLaVA on a SigLIP tower."""
-    tower = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    return llava_of(kind, vision_config=tower.to_dict(), vision_feature_select_strategy="full", **changes)
-
-
-def as_siglip(processor):
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    processor.image_processor = SiglipImageProcessorPil(size=side)
-    processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 0, "full"
-    return processor
 
 
 def source_logits(model, processor, prompt, picture=None):
@@ -59,7 +38,7 @@ def made_of(tower, kind, layer):
     changes = {"vision_feature_layer": layer}
     model, processor = siglip_llava(kind, **changes) if tower == "siglip" else llava_of(kind, **changes)
     model.model.multi_modal_projector.linear_2.weight.data *= 50
-    return model, as_siglip(processor) if tower == "siglip" else processor
+    return model, processor
 
 
 def seen(model, processor, tmp_path, *, outtype="f16"):
