@@ -122,14 +122,17 @@ def _obstacle(*, lora: bool) -> str:
 
 
 def _check_pictures_alone(held_out: HeldOut) -> None:
-    for index in range(len(held_out.dataset)):
-        sample = held_out.dataset.sample(index)
-        if sample.videos or sample.audios:
-            kind = "film" if sample.videos else "recording"
-            raise DataError(
-                f"{held_out.origin}: sample {sample.id!r} has a {kind}, and llama.cpp is asked about pictures alone; "
-                "give --data FILE without them"
-            )
+    dataset = held_out.dataset
+    other = next((index for index in range(len(dataset)) if dataset.media_kinds(index) & ~_PICTURES), None)
+    if other is not None:
+        raise DataError(
+            f"{held_out.origin}: sample {dataset.sample(other).id!r} has films or recordings, and llama.cpp is asked "
+            "about pictures alone; give --data FILE without them"
+        )
+
+
+_PICTURES = 1
+"""The bit of pictures in `MultimodalDataset.media_kinds`."""
 
 
 def _source(found: Source, *, device: str, trust_remote_code: bool) -> Any:

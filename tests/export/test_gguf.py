@@ -276,6 +276,12 @@ def test_the_output_is_whole_or_as_it_was(tmp_path):
         written(base, tmp_path / "new", lora=True)
 
 
+def test_llama_cpps_mark_takes_the_place_of_all_that_it_writes_by_itself():
+    turn = "a <|vision_start|><|image_pad|><|vision_end|> b <|vision_start|><|image_pad|><|vision_end|>"
+    assert SHAPES["qwen2_5_vl"].marked(turn, "<|image_pad|>", "M") == "a M b M"
+    assert SHAPES["smolvlm"].marked("a <image> b <image>", "<image>", "M") == "a M b M"
+
+
 DIGITS = {"type": "Digits", "individual_digits": True}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 LLAMA3 = (

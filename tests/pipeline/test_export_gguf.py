@@ -13,13 +13,14 @@ from mmpeft.cli.main import app
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import DataError, HubError, OutputError, RecipeError
 from mmpeft.pipeline.publish import prepare
+from tests.data.films import film
 from tests.project import write_data, write_project
 from tests.tiny import IMAGE_SIZE
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 from mmpeft.export.llama_cpp import binding
-from tests.export.gguf_models import llava_of, saved, siglip_llava
+from tests.export.gguf_models import llava_of, saved, siglip_llava, tiny
 
 
 def invoke(*words):
@@ -175,6 +176,38 @@ class TestWithLlamaCpp:
         data = self.rows(project, "text.json", "2 and 2?", "4")
         done = export_gguf(base, tmp_path / "out", outtype="f16", data=data)
         assert done.parity["agreement"]["answers"] == 1
+
+    @pytest.mark.parametrize(
+        ("family", "projector", "size"),
+        [
+            ("qwen2_5_vl", "model.visual.merger.mlp.2", (240, 160)),
+            ("smolvlm", "model.connector.modality_projection.proj", (16, 16)),
+            ("idefics3", "model.connector.modality_projection.proj", (16, 16)),
+        ],
+    )
+    def test_other_families_write_pictures_in_their_way(self, family, projector, size, project, tmp_path):
+        model, processor = tiny(family)
+        model.get_submodule(projector).weight.data *= 50
+        if family == "qwen2_5_vl":
+            # llama.cpp (b9190) takes 0, which to large models makes no difference.
+            model.config.text_config.rms_norm_eps = 1e-20
+            processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 240 * 160}
+        saved((model, processor), tmp_path / "base")
+        Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / "ramp.png")
+        data = self.rows(
+            tmp_path, "data.json", "<image>\nbright?", "yes", "and <image> this?", "no", image=["ramp.png"] * 2
+        )
+        done = export_gguf(tmp_path / "base", tmp_path / "out", outtype="f16", data=data)
+        # With the picture turned it is above 1e-5.
+        assert abs(done.parity["agreement"]["kl"]) < 1e-5
+
+    def test_films_are_refused(self, tmp_path):
+        made = tiny("qwen2_5_vl")
+        film(tmp_path / "film.mp4")
+        data = self.rows(tmp_path, "data.json", "<video>\nbright?", "yes", video="film.mp4")
+        with pytest.raises(DataError, match=r"sample 'one' has films or recordings.*give --data FILE without them"):
+            export_gguf(saved(made, tmp_path / "base"), tmp_path / "out", data=data)
+        assert not (tmp_path / "out").exists()
 
     def test_nothing_to_compare_on_is_said_before_anything_is_written(self, base, tmp_path):
         with pytest.raises(DataError, match=r"nothing to compare the export on.*give --data FILE"):
