@@ -34,7 +34,7 @@ def test_gguf_is_compared_and_timed_beside_its_source(tmp_path):
             sys.executable,
             "benchmarks/gguf_export.py",
             *map(str, options),
-            *("--prompt", "20", "--new-tokens", "4", "--rounds", "1"),
+            *("--prompt", "20", "--new-tokens", "96", "--rounds", "1"),
         ],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

@@ -127,7 +127,7 @@ def find_held_out(
     dataset = load_held_out(recipe, processor) if recipe else None
     if dataset is None:
         why = "the run that trained it held nothing out" if recipe else "it has no mmpeft.json that names its run"
-        raise DataError(f"{source.name}: nothing to compare the export on, for {why}; give --data FILE")
+        raise DataError(f"{source.name}: nothing to compare the export on, for {why}; give --data FILE, or --no-parity")
     return HeldOut(dataset=dataset, evaluate=evaluate, samples=samples, origin="data.eval of its run")
 
 

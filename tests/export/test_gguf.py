@@ -327,10 +327,10 @@ def test_the_command_says_what_it_wrote(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
     app = typer.Typer()
     app.command()(command)
-    done = CliRunner().invoke(app, [str(base), str(tmp_path / "out"), "--json"])
+    done = CliRunner().invoke(app, [str(base), str(tmp_path / "out"), "--no-parity", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert set(found["files"]) == {"model-q8_0.gguf", "mmproj-f16.gguf"}
-    shown = CliRunner().invoke(app, [str(base), str(tmp_path / "out")])
-    assert "wrote model-q8_0.gguf" in shown.stdout
+    shown = CliRunner().invoke(app, [str(base), str(tmp_path / "out"), "--no-parity"])
+    assert "out: model-q8_0.gguf (" in shown.stdout
     assert "note: llama.cpp puts the class token" in shown.stderr
