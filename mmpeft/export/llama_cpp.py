@@ -80,7 +80,9 @@ class LlamaCpp:
         self._native, self._threads = binding(), threads
         self.mark = str(self._native.get_default_media_marker())
         with _handled(lambda why: f"{model}: {version()} does not load it ({why}); export the model again"):
-            self.model = _model_class()(str(model))
+            params = self._native.LlamaModelParams()
+            params.n_gpu_layers = 0
+            self.model = _model_class()(str(model), params)
             self._eyes = None if mmproj is None else self._opened(mmproj)
         self.words = self.model.get_vocab()
         self._place = 0
@@ -188,7 +190,7 @@ class LlamaCpp:
         return self.go_on(most)
 
     def go_on(self, most: int, *, stop: bool = True) -> list[int]:
-        """The most likely tokens behind what it has read.
+        """The most likely tokens behind what it has read; the last of them is not taken in.
 
         Args:
             most: how many, for which `read` was told that there has to be room.
@@ -198,11 +200,11 @@ class LlamaCpp:
         sampler.add_greedy()
         said: list[int] = []
         while len(said) < most:
+            self._take(said[-1:], every=False)
             token = int(sampler.sample(self._context, -1))
             if stop and self.words.is_eog(token):
                 break
             said.append(token)
-            self._take([token], every=False)
         return said
 
 
