@@ -29,7 +29,7 @@ _HOME_OF = {
     "compose_model": "models.compose",
     "evaluate_model": "pipeline.evaluate",
     "export_bnb": "pipeline.export_bnb",
-    "export_gguf": "export.gguf",
+    "export_gguf": "pipeline.export_gguf",
     "export_int8": "pipeline.export_int8",
     "export_onnx": "pipeline.export_onnx",
     "get_peft_model": "methods.attach",

@@ -2,17 +2,29 @@
 
 from dataclasses import asdict
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from mmpeft.cli.output import JsonOption, err, human, print_json
+from mmpeft.cli.answers import DeviceOption, TrustOption
+from mmpeft.cli.export import (
+    BaseOption,
+    DataOption,
+    DropOption,
+    OutArgument,
+    ParityOption,
+    RootOption,
+    SamplesOption,
+    SourceArgument,
+    say,
+)
+from mmpeft.cli.output import JsonOption, err
 from mmpeft.core import units
 from mmpeft.core.lazy import LazyModule
 
-exporting = LazyModule("mmpeft.export.gguf")
+exporting = LazyModule("mmpeft.pipeline.export_gguf")
+gates = LazyModule("mmpeft.pipeline.export_gate")
 
 
 class OutType(StrEnum):
@@ -24,24 +36,42 @@ class OutType(StrEnum):
 
 
 def gguf(
-    source: Annotated[str, typer.Argument(help="Adapter or model: a directory or hub id.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write: new, empty or an earlier export.")],
-    base: Annotated[str | None, typer.Option(help="The adapter's base; default: the one that it names.")] = None,
+    source: SourceArgument,
+    out: OutArgument,
+    base: BaseOption = None,
     outtype: Annotated[OutType, typer.Option(help="How the language model's matrices are written.")] = OutType.Q8_0,
     lora: Annotated[bool, typer.Option("--lora", help="Write the LoRA apart instead of a merged model.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let code that comes with the base run.")] = False,
+    data: DataOption = None,
+    media_root: RootOption = None,
+    samples: SamplesOption = 64,
+    min_agreement: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Least share of held-out questions with the same answer, and of tokens."),
+    ] = 0.95,
+    max_drop: DropOption = 0.01,
+    parity: ParityOption = True,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model for llama.cpp, Ollama and LM Studio: the language model, and vision tower with projector."""
+    """The language model, and vision tower with projector, for llama.cpp, Ollama and LM Studio."""
     done = exporting.export_gguf(
-        source, output, base=base, outtype=outtype.value, lora=lora, trust_remote_code=trust_remote_code
+        source,
+        out,
+        base=base,
+        outtype=outtype.value,
+        lora=lora,
+        data=data,
+        media_root=media_root,
+        samples=samples,
+        threshold=gates.Threshold(top1=min_agreement, drop=max_drop, answers=min_agreement),
+        compare=parity,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
-    for note in done.notes:
+    for note in done.result.notes:
         err.print(Text(f"note: {note}"), soft_wrap=True)
-    if as_json:
-        print_json(asdict(done))
-        return
-    files = " and ".join(f"{name} ({units.size(size)})" for name, size in done.files.items())
-    human(as_json).print(
-        f"wrote {files} to {done.output}, from {units.size(done.before)}", markup=False, soft_wrap=True
-    )
+    said = " and ".join(f"{name} ({units.size(size)})" for name, size in done.result.files.items())
+    # Without llama.cpp there is nothing to fail.
+    compared = "agreement" in done.parity
+    say(done, asdict(done.result), said, as_json=as_json, asked=parity and compared)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +23,20 @@ SHADES = " .:-=+*#%@"
 """Dark to bright, where there are no colours."""
 
 
+class Tower(StrEnum):
+    """What a vision tower is shaped like; the same names as `mmpeft.pipeline.digits.TOWERS`."""
+
+    clip = "clip"
+    siglip = "siglip"
+
+
 def quickstart(
     output: Annotated[Path, typer.Option(help="Where to write the run.")] = Path("runs/quickstart"),
     model: Annotated[
         str | None,
         typer.Option(help="A vision-language model (hub id or directory) instead of the composed one."),
     ] = None,
+    tower: Annotated[Tower, typer.Option(help="Shape of the composed model's vision tower.")] = Tower.clip,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     smallest: Annotated[
         bool,
@@ -38,7 +47,9 @@ def quickstart(
 ) -> None:
     """Teach a language model to read handwritten digits: data, two stages, evaluation, adapter, report."""
     console = human(as_json)
-    result = pipeline.quickstart(output, model=model, seed=seed, smallest=smallest, resume=resume, console=console)
+    result = pipeline.quickstart(
+        output, model=model, tower=tower.value, seed=seed, smallest=smallest, resume=resume, console=console
+    )
     evaluations = read_json(output / "evaluation.json")
     if as_json:
         print_json(

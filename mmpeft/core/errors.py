@@ -33,7 +33,7 @@ class HubError(MMPeftError):
 
 
 class MissingDependencyError(MMPeftError):
-    """An optional library that is not installed; names the extra that brings it."""
+    """An optional library that is not installed; says what to install."""
 
 
 class RunInterrupted(MMPeftError):

@@ -1,4 +1,4 @@
-"""Optional libraries enter through `require`, whose error names the extra to install."""
+"""Optional libraries enter through `require`, whose error names what to install."""
 
 import importlib
 from types import ModuleType
@@ -6,8 +6,13 @@ from types import ModuleType
 from mmpeft.core.errors import MissingDependencyError
 
 
-def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module`, or say which extra of mmpeft brings it.
+def require(module: str, *, extra: str = "", package: str = "") -> ModuleType:
+    """Import `module`, or say what brings it.
+
+    Args:
+        module: its name.
+        extra: the extra of mmpeft that brings it.
+        package: where no extra does, what pip is to be given.
 
     Raises:
         MissingDependencyError: `module` is not installed.
@@ -15,6 +20,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        wanted = package or f"'mmpeft[{extra}]'"
         raise MissingDependencyError(
-            f"{module} is not installed (import of {error.name} failed); run: pip install 'mmpeft[{extra}]'"
+            f"{module} is not installed (import of {error.name} failed); run: pip install {wanted}"
         ) from error

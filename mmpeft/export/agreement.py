@@ -60,11 +60,15 @@ class Said:
 
     def against(self, model: Any, batches: Iterable[Mapping[str, Any]]) -> Agreement:
         """Let another read the same ones."""
+        return self.compared(answer_logits(model, batch) for batch in batches)
+
+    def compared(self, logits: Iterable[torch.Tensor]) -> Agreement:
+        """What another thinks of the same ones: [tokens, vocabulary] of each batch in order."""
         same = tokens = 0
         divergence = 0.0
-        for number, batch in enumerate(batches):
+        for number, found_here in enumerate(logits):
             theirs = load_file(self.folder / f"{number:06d}.safetensors")["logits"].float()
-            ours = answer_logits(model, batch).float().cpu()
+            ours = found_here.float().cpu()
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             tokens += len(ours)
             expected, found = theirs.log_softmax(-1), ours.log_softmax(-1)

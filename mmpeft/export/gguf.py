@@ -23,7 +23,7 @@ from mmpeft.export.gguf_vision import vision_shape
 from mmpeft.export.gguf_words import add_words
 from mmpeft.export.merge import MergedModel, tied_names
 from mmpeft.export.names import StoredNames
-from mmpeft.export.sources import Source, find_source
+from mmpeft.export.sources import Source
 from mmpeft.models.load import load_processor
 from mmpeft.models.weightless import read_config, weightless_model
 
@@ -47,25 +47,25 @@ class GgufResult:
     before: int
     notes: tuple[str, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that were written."""
+        return sum(self.files.values())
 
-def export_gguf(
-    source: str | Path,
+
+def write_gguf(
+    source: Source,
     output: str | Path,
     *,
-    base: str | Path | None = None,
     outtype: str = OutType.Q8_0,
     lora: bool = False,
     trust_remote_code: bool = False,
 ) -> GgufResult:
     """Write an adapter on its base, or a model, as GGUF files.
 
-        mmpeft.export_gguf("runs/receipts/adapter", "receipts-gguf")
-        llama-mtmd-cli -m receipts-gguf/model-q8_0.gguf --mmproj receipts-gguf/mmproj-f16.gguf --image receipt.png
-
     Args:
-        source: directory or hub id.
+        source: what is written.
         output: a new or empty directory, or an earlier export, which is replaced.
-        base: directory or hub id of an adapter's base; default: the one that it names.
         outtype: how the language model's matrices are written: `q8_0`, `f16` or `bf16`.
         lora: write the adapter's LoRA apart, to be put on a GGUF file of its base, and no language model.
         trust_remote_code: whether code that comes with the base may run.
@@ -77,10 +77,9 @@ def export_gguf(
     """
     if outtype not in list(OutType):
         raise RecipeError(f"outtype {outtype!r}: expected one of {', '.join(OutType)}")
-    found = find_source(source, base=base)
-    if lora and found.adapter is None:
-        raise RecipeError(f"{source}: it is a model and no adapter; leave out --lora")
-    return GgufExport(found, trust_remote_code=trust_remote_code).write(output, outtype=OutType(outtype), lora=lora)
+    if lora and source.adapter is None:
+        raise RecipeError(f"{source.name}: it is a model and no adapter; leave out --lora")
+    return GgufExport(source, trust_remote_code=trust_remote_code).write(output, outtype=OutType(outtype), lora=lora)
 
 
 class GgufExport:

@@ -29,6 +29,7 @@ class VisionShape:
         keys: writes the keys that describe the tower.
         pieces: the file's tensors for one tensor of the tower or projector; none where it has no use of it.
         notes: how llama.cpp treats pictures otherwise than the processor.
+        picture: how chat templates write a picture, of which llama.cpp writes all but its own mark by itself.
     """
 
     tower: str
@@ -38,6 +39,17 @@ class VisionShape:
     keys: Callable[[Any, Any, Any], None]
     pieces: Callable[[Any, str, tuple[int, ...]], Iterator[Piece]]
     notes: Callable[[Any, Any], list[str]]
+    picture: str = "{token}"
+
+    def marked(self, prompt: str, token: str, mark: str) -> str:
+        """A prompt with llama.cpp's mark in the place of each picture.
+
+        Args:
+            prompt: as a chat template writes it.
+            token: that stands for a picture in it.
+            mark: llama.cpp's.
+        """
+        return prompt.replace(self.picture.format(token=token), mark)
 
 
 def vision_shape(config: Any, name: str) -> VisionShape:
@@ -310,6 +322,7 @@ SHAPES: Mapping[str, VisionShape] = {
         keys=_qwen_keys,
         pieces=_qwen_pieces,
         notes=_qwen_notes,
+        picture="<|vision_start|>{token}<|vision_end|>",
     ),
     "smolvlm": SMOLVLM,
     "idefics3": SMOLVLM,

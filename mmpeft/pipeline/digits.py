@@ -7,22 +7,32 @@ Learning Repository (CC BY 4.0), as `sklearn.datasets.load_digits` ships them: 1
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from mmpeft.core.files import ensure_directory, write_json, writing
 from mmpeft.core.optional import require
 
 SIDE, PATCH = 32, 16
 """Pixels of a picture's side, and of a patch: 4 picture tokens."""
+
+PATCHES = (SIDE // PATCH) ** 2
 
 QUESTIONS = {
     "digit": "Which digit is written here?",
@@ -126,26 +136,44 @@ def tower_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size=side, do_center_crop=False, image_mean=half, image_std=half)
 
 
-def train_tower(digits: Digits, folder: Path, *, seed: int, epochs: int = 12) -> float:
-    """Train a four-layer CLIP-shaped tower to tell the training digits apart, and save it as an ordinary model.
+def _clip(**sizes: Any) -> PreTrainedModel:
+    return CLIPVisionModel(CLIPVisionConfig(projection_dim=sizes["hidden_size"], **sizes))
+
+
+def _siglip(**sizes: Any) -> PreTrainedModel:
+    return SiglipVisionModel(SiglipVisionConfig(vision_use_head=False, **sizes))
+
+
+TOWERS: Mapping[str, Callable[..., PreTrainedModel]] = {"clip": _clip, "siglip": _siglip}
+"""Untrained towers by what they are shaped like."""
+
+
+def train_tower(digits: Digits, folder: Path, *, seed: int, epochs: int = 12, kind: str = "clip") -> float:
+    """Train a four-layer tower to tell the training digits apart, and save it as an ordinary model.
 
     A linear head on the mean of the last layer's patch features learns along and is thrown away: what stays
     is a tower in which every patch knows what is written. The held-out pictures are not touched.
+
+    Args:
+        digits: what it is trained on.
+        folder: where it is saved.
+        seed: of its first weights, and of the order of pictures.
+        epochs: how often each picture is seen.
+        kind: one of `TOWERS`.
 
     Returns:
         Accuracy of the head on the training pictures in the last epoch.
     """
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
+    tower = TOWERS[kind](
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=SIDE,
         patch_size=PATCH,
-        projection_dim=128,
     )
-    tower, head = CLIPVisionModel(config), nn.Linear(128, 10)
+    head = nn.Linear(128, 10)
     with _one_thread():
         correct = _fit(tower, head, digits.pixels, digits.labels, epochs=epochs)
     tower.eval().save_pretrained(folder)
@@ -164,7 +192,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit(tower: CLIPVisionModel, head: nn.Linear, pixels: torch.Tensor, labels: torch.Tensor, *, epochs: int) -> float:
+def _fit(tower: PreTrainedModel, head: nn.Linear, pixels: torch.Tensor, labels: torch.Tensor, *, epochs: int) -> float:
     size = 64
     parameters = [*tower.parameters(), *head.parameters()]
     steps = epochs * math.ceil(len(labels) / size)
@@ -176,7 +204,8 @@ def _fit(tower: CLIPVisionModel, head: nn.Linear, pixels: torch.Tensor, labels: 
         correct = 0
         for batch in torch.randperm(len(labels)).split(size):
             hidden = tower(_jitter(inputs[batch]), output_hidden_states=True).hidden_states[-1]
-            logits = head(hidden[:, 1:].mean(1))
+            # A class token, where there is one, stands first.
+            logits = head(hidden[:, -PATCHES:].mean(1))
             loss = functional.cross_entropy(logits, labels[batch], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()

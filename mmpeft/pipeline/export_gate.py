@@ -3,12 +3,14 @@
 parity.json, beside the export
   passed, why            whether `mmpeft push` takes it, and why not
   threshold              what was asked for
-  agreement              tokens of held-out answers, share with the same most likely token, mean KL divergence
+  agreement              tokens of held-out answers, share with the same most likely token, mean KL divergence; share
+                         of held-out questions that both answer with the same words
   metrics                {"source": {...}, "export": {...}} of the answers that both give
   seconds, bytes         to answer, and of all weights, of both
   memory                 most that the process had while it answered, of both: tensors of an accelerator, on a CPU
                          resident memory with all that the process holds beside the model
   layers                 the layers in which int8 changes outputs most, relative to them
+  runtime                of GGUF, the llama.cpp that answered
 """
 
 import gc
@@ -16,10 +18,12 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
+
+import torch
 
 from mmpeft.config.recipe import EvaluateConfig, Recipe
 from mmpeft.core.errors import DataError
@@ -60,11 +64,19 @@ class Threshold:
         top1: least share of held-out tokens for which source and export find the same one the most likely.
         kl: most KL divergence, the mean over held-out tokens.
         drop: most that a metric of held-out answers may fall.
+        answers: least share of held-out questions that both answer with the same words; None where it is not asked
+            for.
     """
 
     top1: float = 0.95
     kl: float = 0.05
     drop: float = 0.01
+    answers: float | None = None
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What is asked for, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +134,7 @@ def find_held_out(
     dataset = load_held_out(recipe, processor) if recipe else None
     if dataset is None:
         why = "the run that trained it held nothing out" if recipe else "it has no mmpeft.json that names its run"
-        raise DataError(f"{source.name}: nothing to compare the export on, for {why}; give --data FILE")
+        raise DataError(f"{source.name}: nothing to compare the export on, for {why}; give --data FILE, or --no-parity")
     return HeldOut(dataset=dataset, evaluate=evaluate, samples=samples, origin="data.eval of its run")
 
 
@@ -181,8 +193,32 @@ class Gate:
             sizes: bytes of the weights of source and export.
             layers: by name how much int8 changes a layer's outputs.
         """
-        found, scores = self.agreement(model), self._scores(model)
+        return self.verdict(self.agreement(model), self._scores(model), threshold, sizes=sizes, layers=layers)
+
+    def agreement_of(self, logits: Iterable[torch.Tensor]) -> Agreement:
+        """How near logits are to the source's: [tokens, vocabulary] of the answers of each compared sample in order."""
+        return self._said.compared(logits)
+
+    def verdict(
+        self,
+        found: Agreement,
+        scores: Mapping[str, Any],
+        threshold: Threshold,
+        *,
+        sizes: tuple[int, int],
+        layers: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Content of parity.json of an export that was asked elsewhere.
+
+        Args:
+            found: how near it is to the source.
+            scores: of its answers, as `evaluate_model` has them.
+            threshold, sizes, layers: as `judge`.
+        """
         why = shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
+        same = _same_answers(self._source["predictions"], scores["predictions"])
+        if threshold.answers is not None and same < threshold.answers:
+            why.append(f"the same answer is given to {same:.1%}, and {threshold.answers:.1%} are asked for")
         worst = sorted(layers.items(), key=lambda item: -item[1])
         memory = {"source": self._source["memory"], "export": scores["memory"]}
         if why and worst:
@@ -190,9 +226,9 @@ class Gate:
         return {
             "passed": not why,
             "why": "; ".join(why),
-            "threshold": asdict(threshold),
+            "threshold": threshold.asked,
             "data": self.held_out.origin,
-            "agreement": asdict(found),
+            "agreement": {**asdict(found), "answers": same},
             "metrics": {"source": self._source["metrics"], "export": scores["metrics"]},
             "questions": len(scores["predictions"]),
             "seconds": {"source": self._source["seconds"], "export": scores["seconds"]},
@@ -220,6 +256,12 @@ def _sweep() -> None:
         number = folder.name.removeprefix(_KEPT).partition("-")[0]
         if number.isdigit() and not is_running(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _same_answers(source: Sequence[Mapping[str, Any]], export: Sequence[Mapping[str, Any]]) -> float:
+    """The share of predictions with the same answer, to the same questions in order."""
+    same = sum(ours["answer"] == theirs["answer"] for theirs, ours in zip(source, export, strict=True))
+    return same / len(source)
 
 
 def shortfalls(

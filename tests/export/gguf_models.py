@@ -4,10 +4,18 @@ import json
 
 import gguf
 from tokenizers import Tokenizer
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
 
+from mmpeft.export.gguf import write_gguf
+from mmpeft.export.sources import find_source
 from tests.families.models import MODELS
-from tests.tiny import IMAGE_TOKENS, tiny_clip_config, tiny_llama_config, tiny_processor
+from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE, tiny_clip_config, tiny_llama_config, tiny_processor
 
 NEVER = "ÀÁ"
 """Bytes 0xC0 and 0xC1, which UTF-8 never has: their places are free for tokens that are merged."""
@@ -52,6 +60,23 @@ def llava_of(kind, *, tied=True, **changes):
     return mergeable(model, processor)
 
 
+def siglip_llava(kind, **changes):
+    """A tiny LLaVA on a SigLIP tower, and its processor."""
+    tower = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    options = {"vision_config": tower.to_dict(), "vision_feature_select_strategy": "full", **changes}
+    model, processor = llava_of(kind, **options)
+    processor.image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 0, "full"
+    return model, processor
+
+
 def tiny(family):
     """A tiny model of a family and its processor."""
     model, processor = mergeable(*MODELS[family]())
@@ -66,6 +91,11 @@ def saved(made, folder):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def written(source, out, **options):
+    """A directory's model or adapter as GGUF files."""
+    return write_gguf(find_source(source), out, **options)
 
 
 class Read:

@@ -19,10 +19,9 @@ from tests.methods.test_checkpoint import load, shake
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 
-from mmpeft.export.gguf import export_gguf
 from mmpeft.export.gguf_vision import SHAPES
 from mmpeft.export.gguf_words import pre_tokenizer
-from tests.export.gguf_models import Read, llava_of, saved, tiny
+from tests.export.gguf_models import Read, llava_of, saved, tiny, written
 
 LORA = {"language": {"r": 4, "lora_alpha": 12}}
 
@@ -55,7 +54,7 @@ IDS = torch.tensor([[5, 80, 81, 3, 200, 17, 44, 9]])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_transformers_reads_the_language_model_that_was_exported(kind, tied, tmp_path):
     base = saved(llava_of(kind, tied=tied), tmp_path / "base")
-    export_gguf(base, tmp_path / "out")
+    written(base, tmp_path / "out")
     want = text_logits(load(base), IDS)
     found = text_logits(read_back(tmp_path / "out"), IDS)
     assert want.std() > 0.05
@@ -67,7 +66,7 @@ def test_an_adapter_is_merged(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
     model = trained(base, {**LORA, "projector": "full"}, tmp_path / "adapter")
     before = text_logits(load(base), IDS)
-    export_gguf(tmp_path / "adapter", tmp_path / "out")
+    written(tmp_path / "adapter", tmp_path / "out")
     want, found = text_logits(model, IDS), text_logits(read_back(tmp_path / "out"), IDS)
     torch.testing.assert_close(found, want, atol=0.02 * float(want.abs().max()), rtol=0)
     assert (want - before).abs().max() > 3 * (want - found).abs().max()
@@ -84,7 +83,7 @@ def test_an_adapter_is_merged(tmp_path):
 def test_a_head_that_an_adapter_has_untied_is_written_apart(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
     model = trained(base, {"language": {"r": 2, "target_modules": ["lm_head"]}}, tmp_path / "adapter")
-    export_gguf(tmp_path / "adapter", tmp_path / "out")
+    written(tmp_path / "adapter", tmp_path / "out")
     assert "output.weight" in Read(tmp_path / "out" / "model-q8_0.gguf").types
     want, found = text_logits(model, IDS), text_logits(read_back(tmp_path / "out"), IDS)
     torch.testing.assert_close(found, want, atol=0.02 * float(want.abs().max()), rtol=0)
@@ -95,7 +94,7 @@ def test_matrices_are_near_and_vectors_exact(outtype, near, tmp_path):
     model, processor = llava_of("qwen2")
     shake(model)
     base = saved((model, processor), tmp_path / "base")
-    export_gguf(base, tmp_path / "out", outtype=outtype)
+    written(base, tmp_path / "out", outtype=outtype)
     file = Read(tmp_path / "out" / f"model-{outtype}.gguf")
     matrix, vector = "model.language_model.layers.1.mlp.down_proj.weight", "model.language_model.norm.weight"
     state = model.state_dict()
@@ -110,7 +109,7 @@ def test_matrices_are_near_and_vectors_exact(outtype, near, tmp_path):
 
 def test_keys_describe_model_and_words(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
-    export_gguf(base, tmp_path / "out")
+    written(base, tmp_path / "out")
     keys = Read(tmp_path / "out" / "model-q8_0.gguf").keys
     model, tokenizer = load(base), tmp_path / "base" / "tokenizer.json"
     assert keys["general.architecture"] == "llama"
@@ -135,7 +134,7 @@ def test_keys_describe_model_and_words(tmp_path):
 def test_the_tower_ends_where_llava_takes_its_features(layer, tmp_path):
     model, processor = llava_of("llama", vision_feature_layer=layer)
     base = saved((model, processor), tmp_path / "base")
-    done = export_gguf(base, tmp_path / "out")
+    done = written(base, tmp_path / "out")
     file, blocks = Read(tmp_path / "out" / "mmproj-f16.gguf"), 3 + layer
     assert file.keys["clip.projector_type"] == "mlp"
     assert file.keys["clip.vision.feature_layer"] == [blocks]
@@ -163,7 +162,7 @@ NAMES = {
 def test_other_families_have_the_tensors_that_llama_cpp_asks_for(family, tmp_path):
     made = tiny(family)
     state = made[0].state_dict()
-    export_gguf(saved(made, tmp_path / "base"), tmp_path / "out")
+    written(saved(made, tmp_path / "base"), tmp_path / "out")
     seen, spoken = (Read(tmp_path / "out" / name) for name in ("mmproj-f16.gguf", "model-q8_0.gguf"))
     assert NAMES[family] <= set(seen.types)
     assert {"token_embd.weight", "blk.1.attn_output.weight", "output_norm.weight"} <= set(spoken.types)
@@ -186,14 +185,14 @@ def test_a_lora_is_an_adapter_for_the_base(kind, tmp_path):
     base = saved(llava_of(kind), tmp_path / "base")
     train = {"language": LORA["language"], "vision": {"r": 2, "lora_alpha": 3}, "projector": "full"}
     trained(base, train, tmp_path / "adapter")
-    done = export_gguf(tmp_path / "adapter", tmp_path / "out", lora=True)
+    done = written(tmp_path / "adapter", tmp_path / "out", lora=True)
     assert set(done.files) == {"adapter-f32.gguf", "mmproj-f16.gguf"}
     file = Read(tmp_path / "out" / "adapter-f32.gguf")
     assert file.keys["general.type"] == "adapter"
     assert file.keys["adapter.type"] == "lora"
     assert file.keys["general.architecture"] == kind
-    export_gguf(base, tmp_path / "plain", outtype="f16")
-    export_gguf(tmp_path / "adapter", tmp_path / "merged", outtype="f16")
+    written(base, tmp_path / "plain", outtype="f16")
+    written(tmp_path / "adapter", tmp_path / "merged", outtype="f16")
     plain, merged = (Read(tmp_path / name / "model-f16.gguf").numbers for name in ("plain", "merged"))
     changed = {name.removesuffix(".lora_a") for name in file.types if name.endswith(".lora_a")}
     assert changed == {name for name in plain if not np.array_equal(plain[name], merged[name])}
@@ -216,14 +215,14 @@ def test_a_lora_is_an_adapter_for_the_base(kind, tmp_path):
 def test_what_no_gguf_adapter_can_say_is_refused(train, said, tmp_path):
     trained(saved(llava_of("llama"), tmp_path / "base"), train, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=said):
-        export_gguf(tmp_path / "adapter", tmp_path / "out", lora=True)
+        written(tmp_path / "adapter", tmp_path / "out", lora=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_families_that_are_not_written_are_refused_by_name(tmp_path):
     made = MODELS["internvl"]()
     with pytest.raises(ModelError, match=f"a model of type internvl is not written as GGUF; .*{', '.join(SHAPES)}"):
-        export_gguf(saved(made, tmp_path / "base"), tmp_path / "out")
+        written(saved(made, tmp_path / "base"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_families_that_are_not_written_are_refused_by_name(tmp_path):
 def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, said, tmp_path):
     base = saved(llava_of("llama", **changes), tmp_path / "base")
     with pytest.raises(ModelError, match=said):
-        export_gguf(base, tmp_path / "out")
+        written(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -249,11 +248,11 @@ def test_other_towers_and_rotations_are_refused(tmp_path):
     text = {**config["text_config"], "rope_parameters": yarn}
     (base / "config.json").write_text(json.dumps({**config, "text_config": text}))
     with pytest.raises(ModelError, match="rotary positions are of type yarn"):
-        export_gguf(base, tmp_path / "out")
+        written(base, tmp_path / "out")
     tower = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32).to_dict()
     (base / "config.json").write_text(json.dumps({**config, "vision_config": tower}))
     with pytest.raises(ModelError, match="its vision tower is of type vit"):
-        export_gguf(base, tmp_path / "out")
+        written(base, tmp_path / "out")
 
 
 def test_a_weight_beyond_half_precision_is_refused_and_leaves_nothing(tmp_path):
@@ -261,7 +260,7 @@ def test_a_weight_beyond_half_precision_is_refused_and_leaves_nothing(tmp_path):
     model.model.multi_modal_projector.linear_1.weight.data[0, 0] = 1e6
     base = saved((model, processor), tmp_path / "base")
     with pytest.raises(ModelError, match=r"linear_1\.weight: a weight is too large for half precision"):
-        export_gguf(base, tmp_path / "out")
+        written(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -270,11 +269,17 @@ def test_the_output_is_whole_or_as_it_was(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"it holds mine\.txt"):
-        export_gguf(base, tmp_path / "out")
+        written(base, tmp_path / "out")
     with pytest.raises(RecipeError, match="outtype 'q4_0': expected one of q8_0, f16, bf16"):
-        export_gguf(base, tmp_path / "new", outtype="q4_0")
+        written(base, tmp_path / "new", outtype="q4_0")
     with pytest.raises(RecipeError, match="it is a model and no adapter"):
-        export_gguf(base, tmp_path / "new", lora=True)
+        written(base, tmp_path / "new", lora=True)
+
+
+def test_llama_cpps_mark_takes_the_place_of_all_that_it_writes_by_itself():
+    turn = "a <|vision_start|><|image_pad|><|vision_end|> b <|vision_start|><|image_pad|><|vision_end|>"
+    assert SHAPES["qwen2_5_vl"].marked(turn, "<|image_pad|>", "M") == "a M b M"
+    assert SHAPES["smolvlm"].marked("a <image> b <image>", "<image>", "M") == "a M b M"
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -315,17 +320,17 @@ def test_an_unknown_way_to_cut_text_is_refused(first):
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(processor, llava, tmp_path):
     with pytest.raises(ModelError, match=r"llama\.cpp has no name"):
-        export_gguf(saved((llava, processor), tmp_path / "base"), tmp_path / "out")
+        written(saved((llava, processor), tmp_path / "base"), tmp_path / "out")
 
 
 def test_the_command_says_what_it_wrote(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
     app = typer.Typer()
     app.command()(command)
-    done = CliRunner().invoke(app, [str(base), str(tmp_path / "out"), "--json"])
+    done = CliRunner().invoke(app, [str(base), str(tmp_path / "out"), "--no-parity", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert set(found["files"]) == {"model-q8_0.gguf", "mmproj-f16.gguf"}
-    shown = CliRunner().invoke(app, [str(base), str(tmp_path / "out")])
-    assert "wrote model-q8_0.gguf" in shown.stdout
+    shown = CliRunner().invoke(app, [str(base), str(tmp_path / "out"), "--no-parity"])
+    assert "out: model-q8_0.gguf (" in shown.stdout
     assert "note: llama.cpp puts the class token" in shown.stderr

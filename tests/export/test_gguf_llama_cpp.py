@@ -4,40 +4,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig
 
-from tests.tiny import IMAGE_SIZE, PATCH_SIZE
+from tests.tiny import IMAGE_SIZE
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install --no-deps cyllama)")
 
-from mmpeft.export.gguf import export_gguf
-from tests.export.gguf_models import llava_of, saved, tiny
-from tests.export.llama_cpp import LlamaCpp, native
+from mmpeft.core.errors import ModelError
+from mmpeft.export.llama_cpp import LlamaCpp, version
+from tests.export.gguf_models import llava_of, saved, siglip_llava, tiny, written
 from tests.export.test_gguf import LORA, trained
 
 PICTURE = Image.linear_gradient("L").resize((IMAGE_SIZE, IMAGE_SIZE)).convert("RGB")
 PROMPT = "<|im_start|>user\n<picture>What is it, and how many are there?<|im_end|>\n<|im_start|>assistant\n"
-
-
-def siglip_llava(kind, **changes):
-    """A LLaVA on a SigLIP tower."""
-    tower = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    return llava_of(kind, vision_config=tower.to_dict(), vision_feature_select_strategy="full", **changes)
-
-
-def as_siglip(processor):
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    processor.image_processor = SiglipImageProcessorPil(size=side)
-    processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 0, "full"
-    return processor
 
 
 def source_logits(model, processor, prompt, picture=None):
@@ -59,15 +38,15 @@ def made_of(tower, kind, layer):
     changes = {"vision_feature_layer": layer}
     model, processor = siglip_llava(kind, **changes) if tower == "siglip" else llava_of(kind, **changes)
     model.model.multi_modal_projector.linear_2.weight.data *= 50
-    return model, as_siglip(processor) if tower == "siglip" else processor
+    return model, processor
 
 
 def seen(model, processor, tmp_path, *, outtype="f16"):
     """Logits behind a prompt with a picture, by llama.cpp."""
     base = saved((model, processor), tmp_path / "base")
-    export_gguf(base, tmp_path / "out", outtype=outtype)
-    cpp = LlamaCpp(tmp_path / "out" / f"model-{outtype}.gguf", tmp_path / "out" / "mmproj-f16.gguf")
-    cpp.read(PROMPT, PICTURE)
+    written(base, tmp_path / "out", outtype=outtype)
+    cpp = LlamaCpp.of_export(tmp_path / "out")
+    cpp.read(PROMPT.replace("<picture>", cpp.mark), [PICTURE])
     return cpp.logits()
 
 
@@ -136,11 +115,11 @@ def of_family(family, projector):
 def test_other_families_see_what_the_source_sees(family, projector, mark, size, tmp_path):
     model, processor = of_family(family, projector)
     base, picture = saved((model, processor), tmp_path / "base"), PICTURE.resize(size)
-    export_gguf(base, tmp_path / "out", outtype="f16")
-    cpp = LlamaCpp(tmp_path / "out" / "model-f16.gguf", tmp_path / "out" / "mmproj-f16.gguf")
+    written(base, tmp_path / "out", outtype="f16")
+    cpp = LlamaCpp.of_export(tmp_path / "out")
     prompt = PROMPT.replace("<picture>", mark)
     want = source_logits(model, processor, prompt, picture)
-    cpp.read(PROMPT, picture)
+    cpp.read(PROMPT.replace("<picture>", cpp.mark), [picture])
     assert apart(cpp.logits(), want) < 0.05
     other = source_logits(model, processor, prompt, Image.new("RGB", size, (250, 20, 90)))
     assert apart(other, want) > 0.25
@@ -150,7 +129,7 @@ def test_other_families_see_what_the_source_sees(family, projector, mark, size, 
 
 def test_text_is_split_as_the_source_splits_it(tmp_path):
     model, processor = llava_of("llama")
-    export_gguf(saved((model, processor), tmp_path / "base"), tmp_path / "out")
+    written(saved((model, processor), tmp_path / "base"), tmp_path / "out")
     cpp = LlamaCpp(tmp_path / "out" / "model-q8_0.gguf")
     for text in (
         "Is it the 3rd of 12,345?",
@@ -164,7 +143,81 @@ def test_text_is_split_as_the_source_splits_it(tmp_path):
 def test_an_adapter_is_taken_for_the_base(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
     trained(base, LORA, tmp_path / "adapter")
-    export_gguf(base, tmp_path / "out")
-    export_gguf(tmp_path / "adapter", tmp_path / "lora", lora=True)
-    model = native.LlamaModel(str(tmp_path / "out" / "model-q8_0.gguf"))
+    written(base, tmp_path / "out")
+    written(tmp_path / "adapter", tmp_path / "lora", lora=True)
+    model = LlamaCpp.of_export(tmp_path / "out").model
     assert model.lora_adapter_init(str(tmp_path / "lora" / "adapter-f32.gguf")).meta_val_str("adapter.type") == "lora"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny model in llama.cpp, the model itself and its processor."""
+    folder = tmp_path_factory.mktemp("exported")
+    model, processor = made_of("siglip", "llama", -1)
+    written(saved((model, processor), folder / "base"), folder / "out", outtype="f16")
+    return folder / "out", model, processor
+
+
+def test_what_follows_a_prompt_is_judged_as_by_the_source(exported):
+    out, model, processor = exported
+    cpp = LlamaCpp.of_export(out)
+    answer = processor.tokenizer("It is 12, and more.<|im_end|>")["input_ids"]
+    cpp.read(PROMPT.replace("<picture>", cpp.mark), [PICTURE], more=len(answer))
+    batch = processor(text=[PROMPT.replace("<picture>", "<image>")], images=[PICTURE], return_tensors="pt")
+    ids = torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1)
+    with torch.no_grad():
+        want = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[0, -len(answer) - 1 : -1].numpy()
+    found = cpp.follow(answer)
+    assert found.shape == want.shape
+    assert apart(found, want) < 0.03
+    # Each row is that of its own token.
+    assert apart(found[1:], want[:-1]) > 0.1
+
+
+def test_what_was_read_before_is_forgotten(exported):
+    out, _, _ = exported
+    cpp = LlamaCpp.of_export(out)
+    prompt = PROMPT.replace("<picture>", cpp.mark)
+    cpp.read(prompt, [PICTURE])
+    first = cpp.logits()
+    cpp.read("Something else" * 9)
+    cpp.go_on(5, stop=False)
+    cpp.read(prompt, [PICTURE])
+    assert np.array_equal(cpp.logits(), first)
+
+
+def test_room_is_made_for_longer_texts_than_it_was_opened_for(exported):
+    out, model, processor = exported
+    cpp = LlamaCpp(out / "model-f16.gguf", room=8)
+    assert cpp.room < 300
+    text = "a word, " * 40
+    length = cpp.read(text)
+    assert length == len(processor.tokenizer(text)["input_ids"]) > cpp.room - 64 - 256
+    assert apart(cpp.logits(), source_logits(model, processor, text)) < 0.03
+
+
+def test_what_it_does_not_load_or_take_is_named(exported, tmp_path):
+    out, _, _ = exported
+    (tmp_path / "model-f16.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(
+        ModelError, match=r"model-f16\.gguf: llama\.cpp b\d+ .* does not load it .*export the model again"
+    ):
+        LlamaCpp.of_export(tmp_path)
+    with pytest.raises(ModelError, match=r"no model-\*\.gguf there; export a whole model, without --lora"):
+        LlamaCpp.of_export(out.parent)
+    cpp = LlamaCpp(out / "model-f16.gguf")
+    with pytest.raises(ModelError, match="opened without a vision tower, and is given 1 pictures; give mmproj"):
+        cpp.read(cpp.mark, [PICTURE])
+    with pytest.raises(ModelError, match="does not take a prompt with 2 pictures"):
+        LlamaCpp.of_export(out).read(cpp.mark, [PICTURE, PICTURE])
+
+
+def test_pictures_are_taken_in_without_a_word(exported, capfd):
+    out, _, _ = exported
+    cpp = LlamaCpp.of_export(out)
+    cpp.read(cpp.mark, [PICTURE])
+    assert capfd.readouterr().err == ""
+
+
+def test_its_version_is_told():
+    assert version().startswith("llama.cpp b")

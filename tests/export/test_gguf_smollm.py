@@ -11,9 +11,8 @@ from mmpeft.pipeline.quickstart import find_language_model
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install --no-deps cyllama)")
 
-from mmpeft.export.gguf import export_gguf
-from tests.export.gguf_models import saved
-from tests.export.llama_cpp import LlamaCpp
+from mmpeft.export.llama_cpp import LlamaCpp
+from tests.export.gguf_models import saved, written
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,8 +52,8 @@ def model_and_processor():
 @pytest.mark.parametrize(("outtype", "least"), [("f16", 0.95), ("q8_0", 0.8)])
 def test_llama_cpp_answers_as_the_source(outtype, least, model_and_processor, tmp_path):
     model, processor = model_and_processor
-    export_gguf(saved((model, processor), tmp_path / "base"), tmp_path / "out", outtype=outtype)
-    cpp = LlamaCpp(tmp_path / "out" / f"model-{outtype}.gguf", tmp_path / "out" / "mmproj-f16.gguf")
+    written(saved((model, processor), tmp_path / "base"), tmp_path / "out", outtype=outtype)
+    cpp = LlamaCpp.of_export(tmp_path / "out")
     picture, same, compared = Image.linear_gradient("L").resize((32, 32)).convert("RGB"), 0, 0
     for question in QUESTIONS:
         prompt = f"<|im_start|>user\n<image>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -65,7 +64,7 @@ def test_llama_cpp_answers_as_the_source(outtype, least, model_and_processor, tm
                 0, batch["input_ids"].shape[1] :
             ].tolist()
         said = [token for token in said if token != processor.tokenizer.eos_token_id]
-        found = cpp.answer(prompt.replace("<image>", "<picture>"), picture, most=12)
+        found = cpp.answer(prompt.replace("<image>", cpp.mark), [picture], most=12)
         # Once one token differs the two go on with different texts.
         together = next(
             (place for place, pair in enumerate(zip(said, found, strict=False)) if pair[0] != pair[1]), len(said)

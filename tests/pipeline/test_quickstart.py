@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import mmpeft
+from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import read_json
-from mmpeft.pipeline.digits import QUESTIONS, reference, write_digits
+from mmpeft.pipeline.digits import QUESTIONS, reference, train_tower, write_digits
 from mmpeft.pipeline.quickstart import LANGUAGE_MODEL, find_language_model, quickstart
 from tests.plain import load_without_mmpeft
 from tests.project import write_base
@@ -54,6 +55,19 @@ def test_the_language_model_is_found_in_the_wheel_else_on_the_hub(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "files", absent)
     assert find_language_model() == LANGUAGE_MODEL
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_tower_of_each_shape_learns_to_tell_digits_apart(kind, tmp_path):
+    digits = write_digits(tmp_path, seed=0, train=200, held_out=1)
+    assert train_tower(digits, tmp_path / "tower", seed=0, epochs=25, kind=kind) > 0.3
+    assert read_json(tmp_path / "tower" / "config.json")["model_type"] == f"{kind}_vision_model"
+
+
+def test_a_tower_that_there_is_not(tmp_path):
+    with pytest.raises(RecipeError, match=r"tower 'sglip': expected one of clip, siglip"):
+        quickstart(tmp_path / "run", tower="sglip")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_vision_language_model_of_the_users_own(tmp_path):
