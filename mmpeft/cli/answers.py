@@ -1,7 +1,7 @@
 """`mmpeft generate` and `mmpeft evaluate`: a base model or an adapter asked."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -15,6 +15,9 @@ answering = LazyModule("mmpeft.pipeline.answering")
 ModelArgument = Annotated[str, typer.Argument(help="Adapter, model or ONNX export: its directory or hub id.")]
 AdapterOption = Annotated[str | None, typer.Option(help="Adapter to put on the model.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or npu.")]
+QuantizationOption = Annotated[
+    Literal["int8", "nf4"] | None, typer.Option(help="Hold the language model in 8 or 4 bits, by bitsandbytes.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
@@ -29,11 +32,14 @@ def generate(
     adapter: AdapterOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model about a picture, a film or a recording."""
-    loaded, processor = answering.open_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor = answering.open_model(
+        model, adapter=adapter, device=device, quantization=quantization, trust_remote_code=trust_remote_code
+    )
     text = mmpeft.answer(
         loaded,
         processor,
@@ -61,11 +67,14 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer the questions of a data file and score the answers."""
-    loaded, processor = answering.open_model(model, adapter=adapter, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor = answering.open_model(
+        model, adapter=adapter, device=device, quantization=quantization, trust_remote_code=trust_remote_code
+    )
     dataset = mmpeft.load_dataset(data, media_root=media_root, processor=processor)
     scores = mmpeft.evaluate_model(
         loaded,

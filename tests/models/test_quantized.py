@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import mmpeft
+from mmpeft.cli.main import app
 from mmpeft.core.errors import ModelError
 from mmpeft.models.quantized import quantizable, quantization_config, spared_bytes
 from tests.project import write_base
@@ -84,3 +86,15 @@ def test_rows_too_narrow_for_four_bits_stay_whole_with_a_warning(caplog):
     assert quantizable(tiny_llava(), "nf4") == {
         name for name in quantizable(tiny_llava(), "int8") if name.endswith("down_proj")
     }
+
+
+def test_adapters_are_asked_on_four_bits_too(tmp_path):
+    write_base(tmp_path / "base", hidden=64)
+    model, processor = mmpeft.load_model(tmp_path / "base")
+    mmpeft.save_adapter(mmpeft.get_peft_model(model, TRAIN), tmp_path / "adapter", processor=processor)
+    words = ["generate", str(tmp_path / "adapter"), "--prompt", "hm?", "--max-new-tokens", "3"]
+    whole, four = (CliRunner().invoke(app, [*words, "--json", *more]) for more in ([], ["--quantization", "nf4"]))
+    assert (whole.exit_code, four.exit_code) == (0, 0)
+    assert '"answer"' in four.stdout
+    refused = CliRunner().invoke(app, [*words, "--quantization", "nf3"])
+    assert refused.exit_code == 2
