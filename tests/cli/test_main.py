@@ -190,7 +190,7 @@ def test_ctrl_c_is_said_and_is_status_130(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmpeft.load_model", interrupted, raising=False)
+    monkeypatch.setattr("mmpeft.pipeline.answering.load_model", interrupted)
     status, out, errors = call(monkeypatch, capsys, "generate", "x", "--prompt", "x", "--json")
     assert (status, out) == (130, "")
     assert "stopped; the same command goes on from what had been written" in errors
