@@ -297,3 +297,15 @@ def test_a_run_from_a_hub_id(hub, published, tmp_path):
     assert run_again().count("unchanged") == 2
     hub.commit("me/base", lambda draft: (draft / "README.md").write_text("# another commit"))
     assert "unchanged" not in run_again()
+
+
+@pytest.mark.slow
+def test_graphs_on_the_hub_are_known_by_their_list(hub, tmp_path):
+    hub.create("me/graphs")
+    hub.commit("me/graphs", lambda draft: (draft / "onnx.json").write_text("{}"))
+    done = hub.mmpeft("generate", "me/graphs", "--prompt", "x", home=tmp_path / "home")
+    assert done.returncode == 1
+    assert "onnx.json: cannot be read" in done.stderr
+    assert "export or copy the model again" in done.stderr
+    done = hub.mmpeft("generate", "me/nowhere", "--prompt", "x", home=tmp_path / "home")
+    assert "me/nowhere: neither a local directory nor a repository on the Hub" in done.stderr
