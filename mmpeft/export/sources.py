@@ -18,7 +18,15 @@ from mmpeft.export.merge import BASE_LAYOUT
 from mmpeft.export.shards import Checkpoint
 from mmpeft.families.qwen2_5_omni import SPEAKERS
 from mmpeft.models.checkpoints import check_name, reading
-from mmpeft.models.load import FACTS_NAME, NOT_FETCHED, adapter_base, is_adapter, load_processor, resolve_adapter
+from mmpeft.models.load import (
+    FACTS_NAME,
+    NOT_FETCHED,
+    adapter_base,
+    is_adapter,
+    load_processor,
+    read_adapter_config,
+    resolve_adapter,
+)
 
 OF_FILES = ("artefact", "files", "sizes")
 """Keys of mmpeft.json that say of which files a directory is."""
@@ -173,24 +181,6 @@ def base_facts(base: str) -> dict[str, Any]:
     folder = Path(base) if file is None else Path(file).parent
     revision = None if Path(base).is_dir() else folder.name
     return {BASE_REVISION: revision, BASE_LAYOUT: Checkpoint(folder).layout_hash()}
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Content of adapter_config.json.
-
-    Raises:
-        AdapterError: there is none, or it is damaged.
-    """
-    file = folder / CONFIG_NAME
-    try:
-        found = read_json(file)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder}: no {CONFIG_NAME} there; expected a directory that holds an adapter") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
-    if not isinstance(found, dict):
-        raise AdapterError(f"{file}: holds a {type(found).__name__}, not settings by name; train or copy it again")
-    return found
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

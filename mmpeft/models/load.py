@@ -144,7 +144,7 @@ def adapter_base(folder: str | Path) -> str:
         AdapterError: the adapter names none, or a directory that is not there any more.
     """
     folder = Path(folder)
-    named = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+    named = read_adapter_config(folder).get("base_model_name_or_path")
     if not named:
         raise AdapterError(
             f"{folder}: the adapter names no base model; load it as load_model(BASE, adapter={str(folder)!r})"
@@ -163,6 +163,24 @@ def adapter_base(folder: str | Path) -> str:
         f"{folder}: its base model {named} does not exist any more; put it back, or say where it is: "
         f"load_model(BASE, adapter={str(folder)!r})"
     )
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Content of adapter_config.json.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        found = read_json(file)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder}: no {CONFIG_NAME} there; expected a directory that holds an adapter") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: holds a {type(found).__name__}, not settings by name; train or copy it again")
+    return found
 
 
 def is_adapter(name: str) -> bool:
@@ -282,6 +300,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, weightless: bool = Fa
         AdapterError: modules, shapes or names differ from the base's; names examples.
     """
     model = trained_model(base)
+    read_adapter_config(folder)
     try:
         with warnings.catch_warnings():
             # `_check_keys` says it as an error; peft 0.21 only warns.
@@ -301,7 +320,14 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, weightless: bool = Fa
             "load it on the base model that it was trained on"
         ) from error
     _check_keys(peft_model, stored, folder)
+    _check_finite(peft_model, folder)
     return peft_model.eval()
+
+
+def _check_finite(model: PeftModel, folder: Path) -> None:
+    for name, weight in model.named_parameters():
+        if (".lora_" in name or ".modules_to_save." in name) and not bool(torch.isfinite(weight).all()):
+            raise AdapterError(f"{folder}: {name} has weights that are NaN or infinite; train or fetch it again")
 
 
 def _check_keys(model: PeftModel, stored: dict[str, torch.Tensor], folder: Path) -> None:

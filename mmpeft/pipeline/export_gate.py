@@ -212,7 +212,7 @@ class Gate:
 
         Args:
             found: how near it is to the source.
-            scores: of its answers, as `evaluate_model` has them.
+            scores: of its answers, as `evaluate_model` has them, with their `memory` where it was measured.
             threshold, sizes, layers: as `judge`.
         """
         why = shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
@@ -220,7 +220,7 @@ class Gate:
         if threshold.answers is not None and same < threshold.answers:
             why.append(f"the same answer is given to {same:.1%}, and {threshold.answers:.1%} are asked for")
         worst = sorted(layers.items(), key=lambda item: -item[1])
-        memory = {"source": self._source["memory"], "export": scores["memory"]}
+        memory = {"source": self._source["memory"], "export": scores.get("memory")}
         if why and worst:
             why.append("most is changed by " + ", ".join(f"{name} ({error:.1%})" for name, error in worst[:3]))
         return {

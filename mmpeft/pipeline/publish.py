@@ -19,8 +19,7 @@ from mmpeft.export.hub import Pushed, Sent, check_repo, has_same_weights, send, 
 from mmpeft.export.leaks import find_leaks, this_machine
 from mmpeft.export.portable import Portable, cached_id, project_root
 from mmpeft.export.publishable import QUANTISED, Kind, Publishable, check_links, check_whole, open_publishable
-from mmpeft.export.sources import read_adapter_config
-from mmpeft.models.load import FACTS_NAME, adapter_base
+from mmpeft.models.load import FACTS_NAME, adapter_base, read_adapter_config
 from mmpeft.pipeline.directory import RunDirectory
 from mmpeft.pipeline.pictures import chart_files
 from mmpeft.pipeline.record import RunRecord, read_run

@@ -171,6 +171,18 @@ class TestAdapterThatDoesNotFit:
         with pytest.raises(AdapterError, match=r"does not fit|not whole"):
             load_model(adapter, device="cpu")
 
+    @pytest.mark.parametrize(("text", "said"), [("{", "cannot be read"), ("[]", "holds a list")])
+    def test_settings_that_cannot_be_read(self, base, adapter, text, said):
+        (adapter / "adapter_config.json").write_text(text)
+        for load in (lambda: load_model(adapter, device="cpu"), lambda: load_model(base, adapter=adapter)):
+            with pytest.raises(AdapterError, match=rf"adapter_config.json: {said}.*train or copy it again"):
+                load()
+
+    def test_weights_that_are_no_numbers(self, adapter):
+        self.change(adapter, lambda name, tensor: (name, tensor * float("nan") if "lora_B" in name else tensor))
+        with pytest.raises(AdapterError, match=r"lora_B\S* has weights that are NaN or infinite"):
+            load_model(adapter, device="cpu")
+
     def test_pickled_weights(self, base, adapter):
         torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
         (adapter / WEIGHTS).unlink()
