@@ -327,7 +327,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, weightless: bool = Fa
 def _check_finite(model: PeftModel, folder: Path) -> None:
     for name, weight in model.named_parameters():
         if (".lora_" in name or ".modules_to_save." in name) and not bool(torch.isfinite(weight).all()):
-            raise AdapterError(f"{folder}: {name} has weights that are NaN or infinite; train or fetch it again")
+            raise AdapterError(f"{folder}: {name} has weights that are NaN or infinite; train or copy it again")
 
 
 def _check_keys(model: PeftModel, stored: dict[str, torch.Tensor], folder: Path) -> None:
