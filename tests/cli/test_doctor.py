@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 
@@ -26,6 +27,7 @@ def test_a_sound_installation_ends_with_0_and_says_what_is_there():
     assert lines[-1] == "nothing is broken"
 
 
+@pytest.mark.slow
 def test_a_library_that_does_not_import_is_broken_and_the_status_is_1(tmp_path):
     (tmp_path / "soxr.py").write_text("raise OSError('libsoxr.so.0: cannot open shared object file')")
     result = doctor("--json", path=tmp_path)
@@ -36,6 +38,7 @@ def test_a_library_that_does_not_import_is_broken_and_the_status_is_1(tmp_path):
     assert found["media"]["audio"] == "soxr missing; run: pip install 'mmpeft[audio]'"
 
 
+@pytest.mark.slow
 def test_a_cuda_torchvision_beside_a_cpu_torch_is_recognised(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("")
@@ -48,6 +51,7 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_recognised(tmp_path):
         assert not [line for line in warnings if "is a CUDA build, beside torch" in line]
 
 
+@pytest.mark.slow
 def test_versions_that_do_not_go_together_and_an_interface_that_is_not_there_end_with_1(tmp_path):
     metadata = tmp_path / "torch_npu-2.9.0.dist-info"
     metadata.mkdir()

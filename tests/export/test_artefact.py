@@ -137,6 +137,7 @@ def test_ctrl_c_says_what_is_left(tmp_path):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_has_left_is_removed_by_the_next(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "out")], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
