@@ -23,6 +23,7 @@ from mmpeft.export.onnx_graph import OnnxGraph
 from mmpeft.export.onnx_parts import DECODER, EMBEDDING, HEAD, VISION, position_axes
 from mmpeft.export.onnx_vision import vision_of
 from mmpeft.models.checkpoints import check_name, reading
+from mmpeft.models.dimensions import head_channels, key_heads
 from mmpeft.models.load import NOT_FETCHED, load_processor
 from mmpeft.models.weightless import read_config, weightless_model
 
@@ -188,9 +189,7 @@ class _Decoder(nn.Module):
         # transformers asks a parameter where a model is and how precise, and graphs have none.
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
         self._layers = [f"past.{layer}" for layer in range(config.num_hidden_layers)]
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._empty = (heads, 0, width)
+        self._empty = (key_heads(config), 0, head_channels(config))
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""

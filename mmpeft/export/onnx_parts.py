@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmpeft.core.errors import ModelError
 from mmpeft.export.w8a8 import quantize_rows
+from mmpeft.models.dimensions import head_channels, key_heads
 from mmpeft.models.tree_attention import attending_by
 
 EMBEDDING, DECODER, HEAD, VISION = "embedding", "decoder", "head", "vision"
@@ -228,9 +229,7 @@ def check_decoder(config: Any) -> None:
 
 def _cache_shape(config: Any) -> tuple[int, int, int, int]:
     """Layers, heads of keys, channels of a head, channels."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers, heads, width, config.hidden_size
+    return config.num_hidden_layers, key_heads(config), head_channels(config), config.hidden_size
 
 
 def position_axes(config: Any) -> int:

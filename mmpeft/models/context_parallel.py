@@ -14,6 +14,7 @@ What trains in a layer has, in each process, the part of its gradient that comes
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -28,7 +29,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mmpeft.core.errors import ModelError
 from mmpeft.families.registry import trained_model
 from mmpeft.models.base import base_of
-from mmpeft.models.groups import Group, Rows, form_group, group_of, sent
+from mmpeft.models.dimensions import key_heads
+from mmpeft.models.groups import Group, Rows, entering, filled, form_group, group_of, leaving, sent
 from mmpeft.models.tree_attention import EXACT, attending_by
 
 
@@ -94,9 +96,9 @@ def context_parallel_on(model: Any) -> Iterator[None]:
     AttentionInterface.register(name, torch.compiler.disable(tokens.attend))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[within])
     hooks = [
-        layers[0].register_forward_pre_hook(tokens.divide, with_kwargs=True),
+        layers[0].register_forward_pre_hook(functools.partial(entering, tokens.rows.part), with_kwargs=True),
         *(layer.register_forward_pre_hook(tokens.positions, with_kwargs=True) for layer in layers),
-        layers[-1].register_forward_hook(tokens.unite),
+        layers[-1].register_forward_hook(functools.partial(leaving, tokens.rows.whole)),
     ]
     try:
         with attending_by(base, name):
@@ -108,8 +110,7 @@ def context_parallel_on(model: Any) -> Iterator[None]:
 
 def _heads_of(text: Any) -> tuple[int, int]:
     """Of queries, and of keys and values."""
-    heads = int(text.num_attention_heads)
-    return heads, int(getattr(text, "num_key_value_heads", None) or heads)
+    return int(text.num_attention_heads), key_heads(text)
 
 
 class _Tokens:
@@ -126,24 +127,12 @@ class _Tokens:
         self.repeats = max(1, parallel.degree // pairs)
         self.heads = queries // parallel.degree, pairs * self.repeats // parallel.degree
 
-    def divide(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Before the first layer."""
-        if args:
-            return (self.rows.part(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.rows.part(kwargs["hidden_states"])}
-
     def positions(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before every layer: rotary embeddings [..., tokens, channels] of its part."""
         whole = kwargs.get("position_embeddings")
         if whole is None:
             return None
         return args, {**kwargs, "position_embeddings": tuple(self._part_of(each) for each in whole)}
-
-    def unite(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Behind the last layer."""
-        if isinstance(output, tuple):
-            return (self.rows.whole(output[0]), *output[1:])
-        return self.rows.whole(output)
 
     def attend(
         self,
@@ -169,15 +158,11 @@ class _Tokens:
                 num_key_value_groups=groups, is_causal=getattr(module, "is_causal", True), training=module.training
             )
         found, _ = self.attention(called, queries, keys, values, attention_mask, **kwargs)
-        back = sent(self._filled(found.transpose(1, 2)), self._by_tokens, self._by_heads)
+        back = sent(filled(found.transpose(1, 2), degree), self._by_tokens, self._by_heads)
         return back.transpose(1, 2).contiguous(), None
 
     def _part_of(self, positions: torch.Tensor) -> torch.Tensor:
-        return self._filled(positions).chunk(self.parallel.degree, dim=-2)[self.parallel.rank]
-
-    def _filled(self, x: torch.Tensor) -> torch.Tensor:
-        lacking = -x.shape[-2] % self.parallel.degree
-        return nn.functional.pad(x, (0, 0, 0, lacking)) if lacking else x
+        return filled(positions, self.parallel.degree).chunk(self.parallel.degree, dim=-2)[self.parallel.rank]
 
     def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
         """All heads of a part of the tokens for a part of the heads of all tokens."""

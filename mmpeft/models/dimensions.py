@@ -10,8 +10,12 @@ def head_channels(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def key_heads(text: Any) -> int:
+    """Heads of keys and values of a language model's configuration; several queries' heads may share one."""
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
 def cache_bytes(model: Any, tokens: int, size: int) -> int:
     """What keys and values of so many tokens take in all layers, at `size` bytes a number."""
     text = base_of(model).config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * int(heads) * int(head_channels(text)) * tokens * size
+    return 2 * int(text.num_hidden_layers) * key_heads(text) * int(head_channels(text)) * tokens * size

@@ -97,7 +97,7 @@ class Rows:
         return summed
 
     def _own(self, x: torch.Tensor) -> torch.Tensor:
-        return self._filled(x).chunk(self.group.degree, dim=1)[self.group.rank].contiguous()
+        return filled(x, self.group.degree).chunk(self.group.degree, dim=1)[self.group.rank].contiguous()
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.transpose(0, 1).contiguous()
@@ -106,14 +106,28 @@ class Rows:
         return rows.transpose(0, 1)[:, : self.length].contiguous()
 
     def _sum_parts(self, x: torch.Tensor) -> torch.Tensor:
-        rows = self._filled(x).transpose(0, 1).contiguous()
+        rows = filled(x, self.group.degree).transpose(0, 1).contiguous()
         own = rows.new_empty(len(rows) // self.group.degree, *rows.shape[1:])
         self.group.send(distributed.reduce_scatter_tensor, own, rows)
         return own.transpose(0, 1).contiguous()
 
-    def _filled(self, x: torch.Tensor) -> torch.Tensor:
-        lacking = -x.shape[1] % self.group.degree
-        return nn.functional.pad(x, (0, 0, 0, lacking)) if lacking else x
+
+def filled(x: torch.Tensor, degree: int) -> torch.Tensor:
+    """[..., tokens, channels] with zeros behind, up to a multiple of `degree` tokens."""
+    lacking = -x.shape[-2] % degree
+    return nn.functional.pad(x, (0, 0, 0, lacking)) if lacking else x
+
+
+def entering(change: Change, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A hook before a layer or a block: what it does to the hidden states that go in."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+def leaving(change: Change, module: nn.Module, args: Any, output: Any) -> Any:
+    """A hook behind one: what it does to those that come out."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 def sent(x: torch.Tensor, there: Change, back: Change) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from mmpeft.core.errors import ModelError
 from mmpeft.families.registry import trained_model
 from mmpeft.models.base import base_of
-from mmpeft.models.groups import Change, Group, Rows, form_group, group_of
+from mmpeft.models.groups import Group, Rows, entering, form_group, group_of, leaving
 
 _COLUMNS, _ROWS = "colwise", "rowwise"
 
@@ -117,11 +117,11 @@ def share_layers(model: Any, parallel: TensorParallel) -> None:
     for block in _blocks(model):
         parts = tokens and block.layer < last
         enter, leave = (rows.gather_sum, rows.scatter_sum) if parts else (rows.same_sum, rows.sum_same)
-        block.module.register_forward_pre_hook(functools.partial(_entering, enter), with_kwargs=True)
-        block.module.register_forward_hook(functools.partial(_leaving, leave))
+        block.module.register_forward_pre_hook(functools.partial(entering, enter), with_kwargs=True)
+        block.module.register_forward_hook(functools.partial(leaving, leave))
     if tokens and last:
-        decoder.layers[0].register_forward_pre_hook(functools.partial(_entering, rows.part), with_kwargs=True)
-        decoder.layers[last].register_forward_pre_hook(functools.partial(_entering, rows.whole), with_kwargs=True)
+        decoder.layers[0].register_forward_pre_hook(functools.partial(entering, rows.part), with_kwargs=True)
+        decoder.layers[last].register_forward_pre_hook(functools.partial(entering, rows.whole), with_kwargs=True)
 
 
 def share_adapters(model: Any) -> None:
@@ -222,13 +222,3 @@ def _rows_of(linear: nn.Linear, share: slice, x: torch.Tensor) -> torch.Tensor:
 
 def _columns_of(linear: nn.Linear, share: slice, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, linear.weight[:, share])
-
-
-def _entering(change: Change, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-
-def _leaving(change: Change, module: nn.Module, args: Any, output: Any) -> Any:
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
