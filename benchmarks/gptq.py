@@ -17,32 +17,23 @@ import torch
 from torch import nn
 
 import mmpeft
+from mmpeft.export.w8a8 import quantize, quantize_rows, through_int8, tokens_through_int8
 
 RESULTS = Path(__file__).parent / "results" / "gptq.json"
 DAMPING = 0.01
 
 
-def scales(rows: torch.Tensor) -> torch.Tensor:
-    """Of each row, what its largest entry becomes 127 by."""
-    return rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-
-
-def rounded(rows: torch.Tensor) -> torch.Tensor:
-    """Rows in int8, as numbers."""
-    step = scales(rows)
-    return (rows / step).round().clamp(-127, 127) * step
-
-
 def by_gptq(weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """Weights in int8, each column's error made good by those that follow."""
-    left, step = weight.double(), scales(weight).double()
+    step = quantize_rows(weight)[1]
+    left = weight.double()
     hessian = (inputs.T @ inputs).double()
     hessian += torch.eye(len(hessian), dtype=hessian.dtype) * DAMPING * hessian.diagonal().mean()
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     done = torch.zeros_like(left)
     for column in range(left.shape[1]):
         own = left[:, column : column + 1]
-        done[:, column : column + 1] = (own / step).round().clamp(-127, 127) * step
+        done[:, column : column + 1] = quantize(own, step).double() * step.double()
         error = (own - done[:, column : column + 1]) / factor[column, column]
         left[:, column + 1 :] -= error @ factor[column : column + 1, column + 1 :]
     return done.float()
@@ -94,9 +85,9 @@ def main() -> None:
         def error(output: torch.Tensor, wanted: torch.Tensor = wanted) -> float:
             return float(((output - wanted) ** 2).mean() / (wanted**2).mean())
 
-        coarse = rounded(inputs)
+        coarse = tokens_through_int8(inputs)
         rows[name] = {
-            "weights and activations in int8": error(coarse @ rounded(weight).T),
+            "weights and activations in int8": error(coarse @ through_int8(weight).T),
             "the same, weights by GPTQ": error(coarse @ by_gptq(weight, calibration[name]).T),
             "activations alone": error(coarse @ weight.T),
         }
