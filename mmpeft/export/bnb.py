@@ -78,18 +78,6 @@ def write_bnb(export: Int8Export, output: str | Path, *, kind: BnbKind, device: 
     return BnbResult(output=Path(output), quantized=names, bytes=written, before=merged.checkpoint.bytes)
 
 
-def precision_of(folder: str | Path) -> str:
-    """The `dtype` to load a directory with: of bitsandbytes' weights that of config.json, else `auto`.
-
-    transformers 5.24 brings but a part of a bitsandbytes checkpoint to another precision, and its layers then refuse
-    each other. That has gone when such a model in bfloat16 answers after `from_pretrained(dtype=torch.float32)`.
-    """
-    file = Path(folder) / "config.json"
-    config = base_config(Path(folder)) if file.is_file() else {}
-    quantized = config.get("quantization_config") or {}
-    return str(config.get("dtype") or "auto") if quantized.get("quant_method") == "bitsandbytes" else "auto"
-
-
 def without_uneven(export: Int8Export, kind: BnbKind) -> Int8Export:
     """The same without layers that bitsandbytes cannot hold: NF4 has a scale for each 64 numbers of a row on CPUs."""
     if kind == "int8":

@@ -142,14 +142,14 @@ def write_onnx(source: Source, model: Any, output: str | Path, settings: OnnxSet
         write_companions(source, out.folder)
         _without_code(out.folder)
         tied = int8 and is_tied(model)
-        for part in (part for part in parts if not (tied and part.name == EMBEDDING)):
+        for part in parts:
             graph = trace(part, quantize=part.name in quantized)
             if part.name in halved[settings.precision]:
                 _halve(graph)
             sizes[part.name] = _save(graph, out.folder / f"{part.name}.onnx", beside=tied and part.name == HEAD)
         if tied:
             sizes[EMBEDDING] = _save_tied(out.folder, model.config.get_text_config().hidden_size)
-        files = {part.name: f"{part.name}.onnx" for part in parts}
+        files = {name: f"{name}.onnx" for name in sizes}
         write_json(
             out.folder / MANIFEST, {"family": family, "precision": settings.precision, "graphs": files, "version": 1}
         )

@@ -145,7 +145,7 @@ class _Head(nn.Module):
 
 
 def language_parts(model: Any, *, int8: bool) -> list[Part]:
-    """Embedding, decoder with past, and head of a model in float32.
+    """Embedding, decoder with past, and head of a model in float32; in int8 no embedding of which the head has all.
 
     Args:
         int8: store the embedding in int8, with a scale a row.
@@ -158,20 +158,12 @@ def language_parts(model: Any, *, int8: bool) -> list[Part]:
     check_decoder(config)
     layers, heads, width, channels = _cache_shape(config)
     table = model.get_input_embeddings()
-    # Tables of other classes do more than look up.
-    plain = type(table) is nn.Embedding
-    embedding = _Int8Embedding(table.weight.detach()) if int8 and plain else _Embedding(table)
     rows, length, past = 2, 3, 5
     positions = torch.arange(past, past + length).expand(rows, -1).contiguous()
     axes = position_axes(config)
     hidden = torch.zeros(rows, length, channels)
     return [
-        Part(
-            name=EMBEDDING,
-            module=embedding,
-            inputs={"input_ids": torch.zeros(rows, length, dtype=torch.long)},
-            varying={"input_ids": (0, 1)},
-        ),
+        *([] if int8 and is_tied(model) else [_embedding(_own_embedding(table, int8=int8))]),
         Part(
             name=DECODER,
             module=_Decoder(decoder),
@@ -199,9 +191,18 @@ def language_parts(model: Any, *, int8: bool) -> list[Part]:
 
 def tied_embedding(words: int, blocks: int, block: int, channels: int) -> Part:
     """The embedding of a model whose head has the same weights, in int8, for one copy of them on disk."""
+    return _embedding(_TiedEmbedding(words, blocks, block, channels))
+
+
+def _own_embedding(table: nn.Module, *, int8: bool) -> nn.Module:
+    # Tables of other classes do more than look up.
+    return _Int8Embedding(table.weight.detach()) if int8 and type(table) is nn.Embedding else _Embedding(table)
+
+
+def _embedding(module: nn.Module) -> Part:
     return Part(
         name=EMBEDDING,
-        module=_TiedEmbedding(words, blocks, block, channels),
+        module=module,
         inputs={"input_ids": torch.zeros(2, 3, dtype=torch.long)},
         varying={"input_ids": (0, 1)},
     )

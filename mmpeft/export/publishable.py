@@ -16,8 +16,8 @@ from mmpeft.core.errors import AdapterError, HubError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.export.artefact import BNB, GGUF, INT8, MERGED, ONNX
 from mmpeft.export.merge import all_finite
-from mmpeft.export.sources import PROCESSOR_FILES, check_single
-from mmpeft.models.load import FACTS_NAME
+from mmpeft.export.sources import check_single
+from mmpeft.models.load import FACTS_NAME, PROCESSOR_FILES
 
 Kind = Literal["adapter", "model", "merged", "int8", "bnb", "onnx", "gguf"]
 

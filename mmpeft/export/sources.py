@@ -21,6 +21,7 @@ from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.models.load import (
     FACTS_NAME,
     NOT_FETCHED,
+    PROCESSOR_FILES,
     adapter_base,
     is_adapter,
     load_processor,
@@ -30,9 +31,6 @@ from mmpeft.models.load import (
 
 OF_FILES = ("artefact", "files", "sizes")
 """Keys of mmpeft.json that say of which files a directory is."""
-
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""One of them lies where a processor does."""
 
 BASE_REVISION = "base_revision"
 """Key of mmpeft.json: the commit of a base from the Hub that an adapter was trained on."""

@@ -29,6 +29,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.core.files import read_json
 from mmpeft.families.registry import FAMILIES, trained_model
+from mmpeft.models.base import quantized_as
 from mmpeft.models.checkpoints import check_complete, check_name, load_weights, looks_like_path, reading
 from mmpeft.models.devices import pick_device, pick_dtype
 from mmpeft.models.modeling_composed import ComposedConfig
@@ -41,7 +42,9 @@ logger = logging.getLogger(__name__)
 FACTS_NAME = "mmpeft.json"
 """File of an adapter that mmpeft wrote; its `base_model_relative` says where the base lies from there."""
 
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""One of them lies where a processor does."""
+
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.gguf", "*.onnx", "checkpoint-*"]
 """What is not fetched of a repository on the Hub: pickles, weights in other formats, checkpoints of training."""
 _SHOWN = 3
@@ -69,7 +72,8 @@ def load_model(
         name_or_path: hub id or directory of a model of a known family, or of an adapter.
         adapter: hub id or directory of an adapter for that model.
         device: "auto" (the accelerator, else the CPU), or a torch device.
-        dtype: "auto" (float32 on a CPU, else the checkpoint's own), or a precision.
+        dtype: "auto" (float32 on a CPU, else the checkpoint's own; of bitsandbytes' weights that always), or a
+            precision.
         max_pixels: most pixels of a picture that the processor keeps, saved with it; default: its own limit.
         trust_remote_code: whether code that comes with the checkpoint may run. Composed models need none here.
         sharing: share its layers out over processes; default: this one has the whole model.
@@ -92,7 +96,13 @@ def load_model(
         folder = resolve_adapter(base)
         base = adapter_base(folder)
     try:
-        how = _How(trust_remote_code=trust_remote_code, sharing=sharing, quantization=quantization, device=target)
+        how = _How(
+            trust_remote_code=trust_remote_code,
+            sharing=sharing,
+            quantization=quantization,
+            device=target,
+            own_precision=dtype == "auto",
+        )
         model = _load_base(base, dtype=precision, how=how)
     except ModelError as error:
         if folder is None or adapter is not None:
@@ -121,7 +131,7 @@ def load_processor(
     Raises:
         ModelError: there is none, or it does not take media and text, or its pictures have a fixed size.
     """
-    beside = adapter is not None and any((Path(adapter) / file).is_file() for file in _PROCESSOR_FILES)
+    beside = adapter is not None and any((Path(adapter) / file).is_file() for file in PROCESSOR_FILES)
     name = str(adapter if beside else name_or_path)
     check_name(name)
     with reading(name, "processor"):
@@ -231,24 +241,28 @@ class _How:
     sharing: Sharing | None
     quantization: Quantization | None
     device: torch.device
+    own_precision: bool
 
 
 def _load_base(name: str, *, dtype: torch.dtype | str, how: _How) -> PreTrainedModel:
     check_name(name)
     with reading(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=how.trust_remote_code)
+    if how.own_precision and quantized_as(config) == "bitsandbytes":
+        # transformers 5.24 brings but a part of such a checkpoint to another precision, and its layers then refuse each
+        # other. That has gone when one in bfloat16 answers after `from_pretrained(dtype=torch.float32)`.
+        dtype = config.dtype or dtype
     loader = _loader(config, name)
     options: dict[str, Any] = {}
     if how.sharing is not None:
         mapping = getattr(loader, "_model_mapping", None)
         loader = SharedOut(loader if mapping is None else _get_model_class(config, mapping), how.sharing)
     if how.quantization is not None:
-        if getattr(config, "quantization_config", None) is not None:
+        if quantized_as(config) is not None:
             raise ModelError(f"{name}: is quantized already; leave `quantization` out")
-        with reading(name, "model"), torch.device("meta"):
-            skeleton = auto_class(config, name).from_config(config, trust_remote_code=how.trust_remote_code)
+        meta = skeleton(config, name, trust_remote_code=how.trust_remote_code)
         products = dtype if isinstance(dtype, torch.dtype) else None
-        settings = quantization_config(skeleton, how.quantization, dtype=products)
+        settings = quantization_config(meta, how.quantization, dtype=products)
         options = {"quantization_config": settings, "device_map": {"": how.device}}
     model, missing = load_weights(
         loader,
@@ -263,6 +277,17 @@ def _load_base(name: str, *, dtype: torch.dtype | str, how: _How) -> PreTrainedM
     if how.quantization is not None:
         made_trainable(model)
     return model
+
+
+def skeleton(config: Any, name: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a configuration on the meta device: modules, names and shapes without weights.
+
+    Raises:
+        ModelError: no known kind of model.
+    """
+    with reading(name, "model"), torch.device("meta"):
+        made: PreTrainedModel = auto_class(config, name).from_config(config, trust_remote_code=trust_remote_code)
+    return made
 
 
 def auto_class(config: Any, name: str) -> Any:
@@ -297,7 +322,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, weightless: bool = Fa
         weightless: whether the base has shapes alone (`mmpeft.models.weightless`).
 
     Raises:
-        AdapterError: modules, shapes or names differ from the base's; names examples.
+        AdapterError: modules, shapes or names differ from the base's, names examples; or a weight is no number.
     """
     model = trained_model(base)
     read_adapter_config(folder)
@@ -319,19 +344,18 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, weightless: bool = Fa
             f"{folder}: the adapter does not fit {type(model).__name__} ({said}); "
             "load it on the base model that it was trained on"
         ) from error
-    _check_keys(peft_model, stored, folder)
-    _check_finite(peft_model, folder)
+    loaded = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    _check_keys(peft_model, loaded, stored, folder)
+    for name, weight in loaded.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise AdapterError(f"{folder}: {name} has weights that are NaN or infinite; train or copy it again")
     return peft_model.eval()
 
 
-def _check_finite(model: PeftModel, folder: Path) -> None:
-    for name, weight in model.named_parameters():
-        if (".lora_" in name or ".modules_to_save." in name) and not bool(torch.isfinite(weight).all()):
-            raise AdapterError(f"{folder}: {name} has weights that are NaN or infinite; train or copy it again")
-
-
-def _check_keys(model: PeftModel, stored: dict[str, torch.Tensor], folder: Path) -> None:
-    expected = {_plain(name) for name in get_peft_model_state_dict(model, save_embedding_layers=False)}
+def _check_keys(
+    model: PeftModel, loaded: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], folder: Path
+) -> None:
+    expected = {_plain(name) for name in loaded}
     base = {f"base_model.model.{name.replace('.base_layer.', '.')}" for name in model.get_base_model().state_dict()}
     names = {_plain(name) for name in stored}
     if not expected <= names:

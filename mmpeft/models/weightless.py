@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mmpeft.models.checkpoints import check_name, reading
-from mmpeft.models.load import auto_class
+from mmpeft.models.load import skeleton
 
 
 def read_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -37,8 +37,7 @@ def weightless_model(config: PreTrainedConfig, name: str, *, trust_remote_code: 
     Raises:
         ModelError: no known kind of model.
     """
-    with reading(name, "model"), torch.device("meta"):
-        model = auto_class(config, name).from_config(config, trust_remote_code=trust_remote_code)
+    model = skeleton(config, name, trust_remote_code=trust_remote_code)
     model.tie_weights()
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -50,4 +49,4 @@ def weightless_model(config: PreTrainedConfig, name: str, *, trust_remote_code: 
                     zero = torch.zeros((), dtype=dtype).expand(weight.shape)
                     made[id(weight)] = nn.Parameter(zero, requires_grad=False)
                 module._parameters[key] = made[id(weight)]
-    return cast(PreTrainedModel, model.eval())
+    return model.eval()

@@ -7,7 +7,6 @@ from typing import Any
 from transformers.utils import cached_file
 
 from mmpeft.core.errors import RecipeError
-from mmpeft.export.bnb import precision_of
 from mmpeft.export.onnx_model import MANIFEST, OnnxModel
 from mmpeft.export.sources import check_single, result_of
 from mmpeft.models.load import load_model
@@ -35,12 +34,10 @@ def open_model(
     name = result_of(name)
     check_single(name)
     if not is_onnx(name):
-        dtype = precision_of(name)
         return load_model(
             name,
             adapter=adapter,
             device=device,
-            dtype=dtype,
             quantization=quantization,
             trust_remote_code=trust_remote_code,
         )

@@ -11,9 +11,10 @@ from transformers import AutoConfig, PreTrainedModel
 from mmpeft.config.recipe import ComposeConfig, Recipe
 from mmpeft.core.files import read_json
 from mmpeft.methods.checkpoint import save_model
+from mmpeft.models import load
 from mmpeft.models.compose import compose_model
 from mmpeft.models.devices import pick_dtype
-from mmpeft.models.load import FACTS_NAME, auto_class
+from mmpeft.models.load import FACTS_NAME
 from mmpeft.models.quantized import Quantization
 from mmpeft.pipeline.facts import versions
 
@@ -71,8 +72,7 @@ def stored_precision(recipe: Recipe, base: str) -> torch.dtype:
 def skeleton(base: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model without its weights (on the meta device): enough to count and name its parameters."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return auto_class(config, base).from_config(config, trust_remote_code=trust_remote_code)
+    return load.skeleton(config, base, trust_remote_code=trust_remote_code)
 
 
 def quantization_of(recipe: Recipe) -> Quantization | None:

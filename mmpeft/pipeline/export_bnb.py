@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmpeft.export.bnb import COPIES, BnbKind, BnbResult, precision_of, without_uneven, write_bnb
+from mmpeft.export.bnb import COPIES, BnbKind, BnbResult, without_uneven, write_bnb
 from mmpeft.export.int8 import Int8Export, Int8Settings
 from mmpeft.export.sources import find_source
 from mmpeft.models.devices import pick_device
@@ -51,8 +51,7 @@ def export_bnb(
     with Gate(held_out, processor) as gate:
         gate.ask_source(source_model(found, device=device, trust_remote_code=trust_remote_code))
         result = write_bnb(export, output, kind=kind, device=place)
-        precision = precision_of(result.output)
-        model, _ = load_model(result.output, device=device, dtype=precision, trust_remote_code=trust_remote_code)
+        model, _ = load_model(result.output, device=device, trust_remote_code=trust_remote_code)
         sizes = (result.before, result.bytes)
         parity = gate.judge(model, threshold or Threshold(), sizes=sizes, layers={})
     return concluded(result, parity)
