@@ -43,7 +43,7 @@ class Compute:
         spare_cache: keep no keys and values, which generation alone would read, of models known to take `use_cache`.
         linear_patches: project the patches of a picture by a matrix product where the tower has a convolution for it.
         recompute: where memory does not suffice for a micro-batch, cut it, or keep less of some layers for the
-            backward, where layers are not compiled and no other process waits within a micro-batch.
+            backward, where no other process waits within a micro-batch.
         spare_mask: run batches of a `MultimodalCollator`, which pads on the right, without their mask.
         npu_kernels: compute norms, gated activations and rotary positions by fused operators on an NPU.
         copy_ahead: copy the next micro-batch to an accelerator while it computes this one.
@@ -205,8 +205,6 @@ class Computing:
             return "compute.checkpointing is false"
         if self.in_one_go:
             return "DeepSpeed, or other processes, would not know of a micro-batch that runs again"
-        if self.compute.compile:
-            return "layers run compiled (compute.compile)"
         if args.optim in _IN_BACKWARD:
             return f"the optimizer {OptimizerNames(args.optim).value} updates weights in the backward"
         if not self._known():

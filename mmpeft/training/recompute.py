@@ -33,8 +33,8 @@ _NO_MEMORY = (
 
 ADVICE = (
     "memory does not suffice for this micro-batch: make batch.micro or batch.tokens smaller (the result stays the "
-    "same), data.max_pixels or data.max_length smaller, or use dtype: bfloat16; on several processes, or where layers "
-    "are compiled (compute.compile), compute.checkpointing: true"
+    "same), data.max_pixels or data.max_length smaller, or use dtype: bfloat16; on several processes, "
+    "compute.checkpointing: true"
 )
 
 _Result = TypeVar("_Result")
@@ -53,6 +53,17 @@ class Cuttable(Generic[_Result]):
     pieces: Callable[[int], list[Callable[[], _Result]]]
 
 
+_MicroBatch = tuple[Callable[[], Any], Cuttable[Any] | None]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step has run so far, from its first micro-batch on, and the random states before that."""
+
+    random: list[torch.Tensor]
+    ran: list[_MicroBatch]
+
+
 class Recompute:
     """Lets memory say how micro-batches are cut, which layers are recomputed, and where activations wait.
 
@@ -63,8 +74,8 @@ class Recompute:
         activations        wait in host memory                                  their way there and back
 
     A step's samples come largest first (`batch.balance`), so it is mostly settled at the first micro-batch. What
-    micro-batches before it gave to the gradients is laid aside while one runs, and added when it has run: where that
-    would take much memory, where whole models train, a later micro-batch does not run again.
+    micro-batches before it gave to the gradients is laid aside while one runs, and added when it has run. Where that
+    would take much memory, where whole models train, the step runs again from its first micro-batch instead.
 
     Attributes:
         parts: micro-batches in the place of one.
@@ -78,6 +89,7 @@ class Recompute:
         self.parts, self.offloads = 1, False
         self._layers: RecomputedLayers | None = None
         self._gradients: _Gradients | None = None
+        self._step: _Step | None = None
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -90,7 +102,7 @@ class Recompute:
             yield
         finally:
             layers.recompute(0)
-            self._layers = self._gradients = None
+            self._layers = self._gradients = self._step = None
 
     def run(self, micro_batch: Callable[[], _Result], cuttable: Cuttable[_Result] | None = None) -> _Result:
         """The micro-batch's result.
@@ -100,22 +112,36 @@ class Recompute:
 
         Raises:
             RuntimeError, MemoryError: that of the device; memory does not suffice for one sample with all layers
-                recomputed either, or gradients of micro-batches before this one would be lost.
+                recomputed either, or there are gradients of before it was asked to watch, which would be lost.
         """
         gradients = self._gradients
-        relieved = self._relief(cuttable) is not None
-        if gradients is None or not relieved or not gradients.lay_aside():
+        if gradients is None:
             with advising(ADVICE):
                 return self._attempt(micro_batch, cuttable)
+        if not gradients.stand():
+            self._step = _Step(_random_states(gradients.device), [])
+        result = self._until_it_suffices(gradients, micro_batch, cuttable)
+        if self._step is not None:
+            self._step.ran.append((micro_batch, cuttable))
+        return result
+
+    def _until_it_suffices(
+        self, gradients: "_Gradients", micro_batch: Callable[[], _Result], cuttable: Cuttable[_Result] | None
+    ) -> _Result:
         device = gradients.device
-        before = _random_states(device)
+        aside = gradients.lay_aside()
+        step = None if aside else self._step
+        before = step.random if step is not None else _random_states(device)
+        first: list[_MicroBatch] = []
         while True:
             try:
                 with advising(ADVICE):
+                    for again in first:
+                        self._attempt(*again)
                     result = self._attempt(micro_batch, cuttable)
             except (RuntimeError, MemoryError) as error:
                 relief = self._relief(cuttable)
-                if relief is None or not lacks_memory(error):
+                if relief is None or not (aside or step is not None) or not lacks_memory(error):
                     gradients.restore()
                     raise
             else:
@@ -128,6 +154,7 @@ class Recompute:
             gc.collect()
             clear_device_cache()
             relief()
+            first = step.ran if step is not None else []
 
     def agree(self, device: torch.device) -> None:
         """From the next micro-batch on, do as much as that process does which lacked most; each has to ask.
@@ -203,10 +230,15 @@ class _Gradients:
         self.device: torch.device = weights[0].device
         self._trained = [weight for weight in weights if weight.requires_grad]
         self._most = _LITTLE * sum(weight.nbytes for weight in weights)
-        self._earlier: list[tuple[Any, torch.Tensor]] = []
+        self._earlier: list[tuple[Any, torch.Tensor]] | None = None
+
+    def stand(self) -> bool:
+        """Whether there are any: not before the first micro-batch of a step."""
+        return any(weight.grad is not None for weight in self._trained)
 
     def lay_aside(self) -> bool:
         """Whether they are; not where they are many: then they stay where they are, and are not to be had back."""
+        self._earlier = None
         earlier = [(weight, weight.grad) for weight in self._trained if weight.grad is not None]
         if sum(gradient.nbytes for _, gradient in earlier) > self._most:
             return False
@@ -220,7 +252,9 @@ class _Gradients:
             weight.grad = None
 
     def restore(self) -> None:
-        """As they were before the micro-batch."""
+        """As they were before the micro-batch, where they were laid aside."""
+        if self._earlier is None:
+            return
         self.clear()
         for weight, gradient in self._earlier:
             weight.grad = gradient
@@ -228,10 +262,11 @@ class _Gradients:
     @torch.no_grad()
     def add(self) -> None:
         """Add them to what the micro-batch gave: the same sum as if it had been added to them."""
-        both = [(gradient, weight) for weight, gradient in self._earlier if weight.grad is not None]
+        earlier = self._earlier or []
+        both = [(gradient, weight) for weight, gradient in earlier if weight.grad is not None]
         if both:
             torch._foreach_add_([gradient for gradient, _ in both], [weight.grad for _, weight in both])
-        for weight, gradient in self._earlier:
+        for weight, gradient in earlier:
             weight.grad = gradient
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from mmpeft import MultimodalCollator, MultimodalTrainer
 from mmpeft.data.encode import encode_sample
@@ -158,6 +158,29 @@ def test_a_later_micro_batch_runs_again_and_gradients_of_earlier_ones_are_kept()
     assert all(torch.equal(weight.grad, gradient) for weight, gradient in zip(trained, whole, strict=True))
 
 
+def test_where_gradients_are_large_the_step_runs_again_from_its_first_micro_batch():
+    model = small()
+    dropout = torch.nn.Dropout(0.5)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: dropout(output))
+    lengths = (16, 24, 20)
+    torch.manual_seed(1)
+    losses = [step_of(model, length)() for length in lengths]
+    whole = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(1)
+    recompute = Recompute()
+    with recompute.watching(model):
+        # Of an earlier step, which does not run again.
+        recompute.run(step_of(model))
+        model.zero_grad()
+        torch.manual_seed(1)
+        first = [recompute.run(step_of(model, length)) for length in lengths[:2]]
+        failing_unless_recomputed(model.model.layers[3])
+        assert [*first, recompute.run(step_of(model, lengths[2]))] == losses
+    assert recompute.count == 4
+    assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
+
+
 def test_an_error_in_a_later_micro_batch_leaves_the_gradients_before_it():
     model = small()
     trained = norms_alone(model)
@@ -252,11 +275,27 @@ def test_real_memory_that_runs_out_is_made_to_suffice():
     assert same == ["True", "True"]
 
 
-def train(folder, *, fails, **compute):
+class Late(TrainerCallback):
+    """Memory that lacks from the second micro-batch of the second step on."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            failing_unless_recomputed(self.layer)
+
+
+def train(folder, *, fails, late=False, **compute):
     model, processor = MODELS["llava"]()
-    rows = [encode_sample(processor, *first_medium(model, number)) for number in range(4)]
+    rows = [encode_sample(processor, *first_medium(model, number)) for number in range(8)]
     args = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=2, max_steps=2
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
     )
     trainer = MultimodalTrainer(
         model=model,
@@ -265,18 +304,24 @@ def train(folder, *, fails, **compute):
         data_collator=MultimodalCollator(processor, supervised_only=True),
         compute=Compute(**compute),
     )
-    if fails:
+    if late:
+        trainer.add_callback(Late(model.get_decoder().layers[0]))
+    elif fails:
         failing_unless_recomputed(model.get_decoder().layers[0])
     trainer.train()
     return trainer, trainer.state.log_history[-1]["train_loss"]
 
 
-def test_training_goes_on_with_the_same_losses(tmp_path):
+@pytest.mark.parametrize(
+    ("late", "compiled"), [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_training_goes_on_with_the_same_losses(tmp_path, late, compiled):
     _, plain = train(tmp_path, fails=False)
-    trainer, loss = train(tmp_path, fails=True)
+    trainer, loss = train(tmp_path, fails=True, late=late, compile=compiled)
     assert loss == pytest.approx(plain, rel=1e-6)
     recompute = trainer.computing.recompute
     # The tower trains, and its layers come first.
     assert (recompute.count, recompute.total) == (3, 4)
     with pytest.raises(RuntimeError, match="allocate memory"):
-        train(tmp_path, fails=True, recompute=False)
+        train(tmp_path, fails=True, late=late, recompute=False)
