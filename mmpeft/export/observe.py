@@ -1,4 +1,4 @@
-"""What goes through linear layers while a model reads samples: how large inputs are, and what int8 makes of outputs."""
+"""What goes through linear layers while a model reads samples: inputs, and what exports do to outputs."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmpeft.export.coarse import Coarse
 from mmpeft.export.w8a8 import scaled_through_int8, through_int8, tokens_through_int8
 
 
@@ -17,7 +18,7 @@ class Observed:
 
     Attributes:
         largest: float32 [in], the largest |x| of each input channel.
-        wrong: sum of squares of what quantization changed in its outputs.
+        wrong: sum of squares of what an export would change in its outputs.
         right: sum of squares of its outputs, without bias.
     """
 
@@ -27,7 +28,7 @@ class Observed:
 
     @property
     def error(self) -> float:
-        """What quantization changes in its outputs, relative to them (norms)."""
+        """What an export changes in its outputs, relative to them (norms)."""
         return (self.wrong / self.right) ** 0.5 if self.right else 0.0
 
 
@@ -35,9 +36,7 @@ def observe(
     model: nn.Module,
     linears: Iterable[str],
     batches: Iterable[Mapping[str, Any]],
-    *,
-    errors: bool = True,
-    largest: Mapping[str, float] | None = None,
+    coarse: Coarse | None = None,
 ) -> dict[str, Observed]:
     """Let a model read batches, and watch linear layers.
 
@@ -45,41 +44,38 @@ def observe(
         model: the whole model; in evaluation mode.
         linears: their names in it.
         batches: what its forward takes; without padding, which would be watched as well.
-        errors: whether to measure what quantization changes.
-        largest: of static activations, by name the largest |x| that scales a layer's inputs; None: by token.
+        coarse: how an export computes them; None: its errors are not measured.
     """
-    with watching(model, linears, errors=errors, largest=largest) as found, torch.no_grad():
+    with watching(model, linears, coarse) as found, torch.no_grad():
         for batch in batches:
             model(**batch)
     return found
 
 
 @contextlib.contextmanager
-def watching(
-    model: nn.Module, linears: Iterable[str], *, errors: bool = True, largest: Mapping[str, float] | None = None
-) -> Iterator[dict[str, Observed]]:
+def watching(model: nn.Module, linears: Iterable[str], coarse: Coarse | None = None) -> Iterator[dict[str, Observed]]:
     """While it lasts, what goes through these linear layers is added up; yields it by name."""
     found: dict[str, Observed] = {}
     with contextlib.ExitStack() as stack:
         for name in linears:
             layer: Any = model.get_submodule(name)
             found[name] = Observed(torch.zeros(layer.in_features, device=layer.weight.device))
-            watch = _Watch(found[name], errors=errors, largest=_of(largest, name))
+            watch = _Watch(name, found[name], coarse)
             stack.callback(layer.register_forward_hook(watch).remove)
         yield found
 
 
 class _Watch:
-    def __init__(self, found: Observed, *, errors: bool, largest: float | None) -> None:
-        self.found, self.errors, self.largest = found, errors, largest
+    def __init__(self, name: str, found: Observed, coarse: Coarse | None) -> None:
+        self.name, self.found, self.coarse = name, found, coarse
 
     def __call__(self, layer: Any, inputs: Any, output: torch.Tensor) -> None:
         [x] = inputs
         found = self.found
         torch.maximum(found.largest, x.detach().float().abs().flatten(0, -2).amax(0), out=found.largest)
-        if self.errors:
+        if self.coarse is not None:
             right = output if layer.bias is None else output - layer.bias
-            ours = nn.functional.linear(_inputs_through_int8(x, self.largest), through_int8(layer.weight))
+            ours = self.coarse(self.name, layer, x)
             found.wrong += float((ours.float() - right.float()).square().sum())
             found.right += float(right.float().square().sum())
 

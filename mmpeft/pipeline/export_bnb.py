@@ -3,8 +3,10 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmpeft.export.bnb import COPIES, BnbKind, BnbResult, without_uneven, write_bnb
+from mmpeft.export.coarse import as_loaded
 from mmpeft.export.int8 import Int8Export, Int8Settings
 from mmpeft.export.sources import find_source
 from mmpeft.models.devices import pick_device
@@ -49,9 +51,17 @@ def export_bnb(
     processor = load_processor(found.base, adapter=found.adapter, trust_remote_code=trust_remote_code)
     held_out = find_held_out(found, processor, data=data, media_root=media_root, samples=samples)
     with Gate(held_out, processor) as gate:
-        gate.ask_source(source_model(found, device=device, trust_remote_code=trust_remote_code))
+
+        def asked() -> Any:
+            return source_model(found, device=device, trust_remote_code=trust_remote_code)
+
+        gate.ask_source(asked())
         result = write_bnb(export, output, kind=kind, device=place)
         model, _ = load_model(result.output, device=device, trust_remote_code=trust_remote_code)
-        sizes = (result.before, result.bytes)
-        parity = gate.judge(model, threshold or Threshold(), sizes=sizes, layers={})
+        parity = gate.judge(
+            model,
+            threshold or Threshold(),
+            sizes=(result.before, result.bytes),
+            layers=lambda: gate.errors(asked(), result.quantized, as_loaded(model)),
+        )
     return concluded(result, parity)

@@ -9,7 +9,8 @@ parity.json, beside the export
   seconds, bytes         to answer, and of all weights, of both
   memory                 most that the process had while it answered, of both: tensors of an accelerator, on a CPU
                          resident memory with all that the process holds beside the model
-  layers                 the layers in which int8 changes outputs most, relative to them
+  layers                 what the export changes in the outputs of layers, relative to them, most first; of int8 always,
+                         of others where they do not pass
   runtime                of GGUF, the llama.cpp that answered
 """
 
@@ -18,7 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -32,8 +33,10 @@ from mmpeft.core.memory import forget_peak, latest_peak_bytes
 from mmpeft.data.collate import MultimodalCollator
 from mmpeft.data.dataset import MultimodalDataset, load_dataset
 from mmpeft.evaluation.decode import placed
-from mmpeft.export.agreement import Agreement, Said
+from mmpeft.export.agreement import Agreement, Said, evaluating
 from mmpeft.export.artefact import is_running
+from mmpeft.export.coarse import Coarse
+from mmpeft.export.observe import observe
 from mmpeft.export.sources import Source
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.data import load_held_out
@@ -144,6 +147,10 @@ def source_model(source: Source, *, device: str, trust_remote_code: bool) -> Any
     return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
 
+Layers = Mapping[str, float] | Callable[[], Mapping[str, float]]
+"""By name what an export changes in a layer's outputs, relative to them; or what measures it if it does not pass."""
+
+
 class Gate:
     """Source and export, asked the same things one after the other; a context, for what the source said is kept.
 
@@ -174,6 +181,23 @@ class Gate:
         self._said.keep(model, self.batches(model))
         self._source = self._scores(model)
 
+    def errors(self, model: Any, layers: Iterable[str], coarse: Coarse) -> dict[str, float]:
+        """What an export changes in the outputs of layers while the source reads what is compared, relative to them.
+
+        Args:
+            model: the source.
+            layers: names of linear layers in it.
+            coarse: how the export computes them.
+        """
+        with evaluating(model):
+            seen = observe(model, layers, self.inputs(model), coarse)
+        return {name: each.error for name, each in seen.items()}
+
+    def inputs(self, model: Any) -> Iterator[Mapping[str, Any]]:
+        """What is compared, for a model's forward without a loss."""
+        for batch in self.batches(model):
+            yield {name: value for name, value in batch.items() if name != "labels"}
+
     def agreement(self, model: Any) -> Agreement:
         """How near another model is to the source."""
         return self._said.against(model, self.batches(model))
@@ -184,16 +208,26 @@ class Gate:
         threshold: Threshold,
         *,
         sizes: tuple[int, int],
-        layers: Mapping[str, float],
+        layers: Layers,
     ) -> dict[str, Any]:
         """Content of parity.json.
 
         Args:
             model: the export.
+            threshold: what it has to reach.
             sizes: bytes of the weights of source and export.
-            layers: by name how much int8 changes a layer's outputs.
+            layers: by name what the export changes in a layer's outputs, or what measures that.
         """
         return self.verdict(self.agreement(model), self._scores(model), threshold, sizes=sizes, layers=layers)
+
+    def passes(self, model: Any, threshold: Threshold) -> bool:
+        """Whether another model would do; its answers are asked for where its tokens are near enough."""
+        found = self.agreement(model)
+        if shortfalls(found, {}, {}, threshold):
+            return False
+        held_out = self.held_out
+        scores = evaluate_with(held_out.evaluate, model, self.processor, held_out.dataset)
+        return not shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
 
     def agreement_of(self, logits: Iterable[torch.Tensor]) -> Agreement:
         """How near logits are to the source's: [tokens, vocabulary] of the answers of each compared sample in order."""
@@ -206,7 +240,7 @@ class Gate:
         threshold: Threshold,
         *,
         sizes: tuple[int, int],
-        layers: Mapping[str, float],
+        layers: Layers,
     ) -> dict[str, Any]:
         """Content of parity.json of an export that was asked elsewhere.
 
@@ -219,7 +253,8 @@ class Gate:
         same = _same_answers(self._source["predictions"], scores["predictions"])
         if threshold.answers is not None and same < threshold.answers:
             why.append(f"the same answer is given to {same:.1%}, and {threshold.answers:.1%} are asked for")
-        worst = sorted(layers.items(), key=lambda item: -item[1])
+        measured = layers if isinstance(layers, Mapping) else layers() if why else {}
+        worst = sorted(measured.items(), key=lambda item: -item[1])
         memory = {"source": self._source["memory"], "export": scores.get("memory")}
         if why and worst:
             why.append("most is changed by " + ", ".join(f"{name} ({error:.1%})" for name, error in worst[:3]))
@@ -283,21 +318,34 @@ def shortfalls(
     return why
 
 
-def fewest_left(layers: Sequence[str], passes: Any) -> list[str]:
-    """The fewest of `layers`, from the first, that have to stay as they are; all if nothing else helps.
+def fewest_left(layers: Sequence[str], passes: Callable[[list[str]], bool]) -> list[str]:
+    """Layers that have to stay as they are, none of which could be quantized as well; all if nothing else helps.
+
+    The shortest beginning of `layers` is found by halves, then what of it can go, in smaller and smaller pieces.
 
     Args:
-        layers: by what int8 does to them, the worst first.
+        layers: by what quantization does to them, the worst first.
         passes: whether an export that leaves these would do.
     """
     low, high = 0, len(layers)
     while low < high:
         middle = (low + high) // 2
-        if passes(layers[:middle]):
+        if passes(list(layers[:middle])):
             high = middle
         else:
             low = middle + 1
-    return list(layers[:low])
+    left = list(layers[:low])
+    if len(left) == len(layers) and not passes(left):
+        return left
+    size = len(left) // 2
+    while size:
+        # From the end: what is changed least goes first.
+        for start in reversed(range(0, len(left), size)):
+            without = left[:start] + left[start + size :]
+            if passes(without):
+                left = without
+        size //= 2
+    return left
 
 
 def concluded(result: Result, parity: Mapping[str, Any], *, left: tuple[str, ...] = ()) -> Outcome[Result]:

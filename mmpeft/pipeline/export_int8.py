@@ -6,6 +6,7 @@ from typing import Any
 
 from mmpeft.core.errors import RecipeError
 from mmpeft.export.agreement import evaluating
+from mmpeft.export.coarse import w8a8
 from mmpeft.export.int8 import Int8Export, Int8Result, Int8Settings, Measured
 from mmpeft.export.observe import observe, simulated
 from mmpeft.export.smooth import smooth
@@ -19,7 +20,6 @@ from mmpeft.pipeline.export_gate import (
     concluded,
     fewest_left,
     find_held_out,
-    shortfalls,
     source_model,
 )
 
@@ -97,21 +97,15 @@ def _measure(gate: Gate, model: Any, export: Int8Export) -> tuple[Measured, dict
     with evaluating(model):
         steps = []
         if settings.smooth:
-            seen = observe(model, chosen, _inputs(gate, model), errors=False)
+            seen = observe(model, chosen, gate.inputs(model))
             stored = set(export.names.parameters.values())
-            first = next(_inputs(gate, model))
+            first = next(gate.inputs(model))
             steps = smooth(model, chosen, seen, first, strength=settings.smooth, stored=stored)
         largest: dict[str, float] = {}
         if settings.activations == "static":
-            seen = observe(model, chosen, _inputs(gate, model), errors=False)
+            seen = observe(model, chosen, gate.inputs(model))
             largest = {name: float(each.largest.max()) for name, each in seen.items()}
-        seen = observe(model, chosen, _inputs(gate, model), largest=largest or None)
-    return Measured(largest=largest, smoothing=steps), {name: each.error for name, each in seen.items()}
-
-
-def _inputs(gate: Gate, model: Any) -> Any:
-    for batch in gate.batches(model):
-        yield {name: value for name, value in batch.items() if name != "labels"}
+    return Measured(largest=largest, smoothing=steps), gate.errors(model, chosen, w8a8(largest or None))
 
 
 def _left_by_itself(
@@ -122,6 +116,6 @@ def _left_by_itself(
     def passes(left: list[str]) -> bool:
         # As the loaded export will compute it: with the scales that were measured, where activations have static ones.
         with simulated(model, [name for name in worst if name not in left], largest=measured.largest or None):
-            return not shortfalls(gate.agreement(model), {}, {}, threshold)
+            return gate.passes(model, threshold)
 
     return fewest_left(worst, passes)

@@ -20,6 +20,7 @@ from mmpeft import Recipe
 from mmpeft.core.errors import DataError, HubError, ModelError, OutputError, RecipeError
 from mmpeft.core.memory import forget_peak
 from mmpeft.export.agreement import Agreement
+from mmpeft.export.coarse import w8a8
 from mmpeft.export.int8 import Int8Export, Int8Settings, Measured
 from mmpeft.export.merged_model import merge
 from mmpeft.export.observe import observe, simulated
@@ -153,13 +154,13 @@ def test_smoothing_leaves_the_model_as_it_is_and_takes_outliers_from_activations
     norm.weight.data[3] = 80
     with torch.no_grad():
         before = model(**rows).logits
-    seen = observe(model, linears, [rows])
+    seen = observe(model, linears, [rows], w8a8())
     query = "model.language_model.layers.0.self_attn.q_proj"
     stored = {name for name, _ in model.named_parameters()}
     steps = smooth(model, linears, seen, rows, strength=0.5, stored=stored)
     with torch.no_grad():
         assert torch.equal(model(**rows).logits, before)
-    now = observe(model, linears, [rows])
+    now = observe(model, linears, [rows], w8a8())
     assert now[query].largest.max() < 0.2 * seen[query].largest.max()
     assert now[query].error < seen[query].error
     assert {step.norm.rpartition(".")[2] for step in steps} == {"input_layernorm", "post_attention_layernorm"}
@@ -178,11 +179,30 @@ def test_the_fewest_layers_are_left_that_will_do(run, tmp_path):
     assert fewest_left(layers, lambda left: len(left) >= 3) == ["a", "b", "c"]
     assert fewest_left(layers, lambda left: True) == []
     assert fewest_left(layers, lambda left: False) == layers
+    assert fewest_left(layers, lambda left: {"b", "g"} <= set(left)) == ["b", "g"]
     tight = Threshold(kl=-1.0)
     done = mmpeft.export_int8(run / "adapter", tmp_path / "out", auto_skip=True, threshold=Threshold(kl=1e-3))
     assert done.left_by_itself == ()
     with pytest.raises(RecipeError, match="no linear layer is left"):
         mmpeft.export_int8(run / "adapter", tmp_path / "none", auto_skip=True, threshold=tight)
+
+
+def test_layers_are_left_for_answers_as_well_where_tokens_are_near_enough(monkeypatch, run, tmp_path):
+    """Answers are wrong while one layer is in int8."""
+    seen = []
+
+    def evaluate(settings, model, processor, dataset):
+        seen.append(model.get_submodule(LAYER).weight.detach().clone())
+        return {
+            "metrics": {"exact_match": 0.9 if torch.equal(seen[0], seen[-1]) else 0.4},
+            "predictions": [{"answer": "1"}],
+            "seconds": 1.0,
+        }
+
+    monkeypatch.setattr("mmpeft.pipeline.export_gate.evaluate_with", evaluate)
+    done = mmpeft.export_int8(run / "adapter", tmp_path / "out", auto_skip=True)
+    assert done.left_by_itself == (LAYER,)
+    assert done.parity["passed"], done.parity["why"]
 
 
 def test_a_gate_names_each_shortfall():
@@ -238,6 +258,18 @@ def test_bitsandbytes_holds_linear_layers_and_says_much_the_same(run, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_layers_are_named_where_bitsandbytes_does_not_pass(run, tmp_path, kind):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    done = mmpeft.export_bnb(run / "adapter", tmp_path / "out", kind=kind, threshold=Threshold(kl=-1.0))
+    assert not done.parity["passed"]
+    assert "most is changed by model.language_model.layers" in done.parity["why"]
+    found = {each["name"]: each["error"] for each in done.parity["layers"]}
+    assert found.keys() == set(done.result.quantized)
+    # Four bits change more than eight.
+    assert all((0 < error < 0.03) if kind == "int8" else (0.03 < error < 0.3) for error in found.values())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_bitsandbytes_of_a_base_in_bfloat16_answers_on_a_cpu(run, tmp_path, kind):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = shutil.copytree(run.parent / "base", tmp_path / "base")
@@ -272,8 +304,8 @@ def test_static_activations_are_simulated_by_the_scale_that_was_measured(run, tm
             by_token = source(**rows).logits
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
     assert (found - wanted).abs().max() < 0.2 * (found - by_token).abs().max()
-    cut = observe(source, chosen, [rows], largest=largest)
-    whole = observe(source, chosen, [rows])
+    cut = observe(source, chosen, [rows], w8a8(largest))
+    whole = observe(source, chosen, [rows], w8a8())
     assert all(cut[name].error > 2 * whole[name].error for name in chosen)
 
 
