@@ -31,6 +31,8 @@ def w8a8(largest: Mapping[str, float] | None = None) -> Coarse:
 def in_blocks(size: Callable[[int], int]) -> Coarse:
     """As ONNX Runtime and llama.cpp do: weights, and inputs as they come, with a scale for each so many of them.
 
+    Errors are as large as theirs, if not the same number by number: each rounds scales in its own way.
+
     Args:
         size: given a layer's input channels, how many of them share a scale.
     """

@@ -1,7 +1,7 @@
 """Which linear layers of a model are quantized, and which stay as they are and why."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -68,7 +68,7 @@ def choose_linears(
         return spec.part_of(name.removeprefix(prefix)) if name.startswith(prefix) else None
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    _check_skipped(skip, linears)
+    skipped = matching(skip, linears)
     chosen: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, module in linears.items():
@@ -77,7 +77,7 @@ def choose_linears(
             left[name] = "the head"
         elif part not in wanted:
             left[name] = part or "no part that is trained"
-        elif any(_names(pattern, name) for pattern in skip):
+        elif name in skipped:
             left[name] = "skipped"
         elif f"{name}.weight" not in stored:
             left[name] = "its checkpoint stores it in another arrangement"
@@ -96,11 +96,22 @@ def _names(pattern: str, name: str) -> bool:
     return name == pattern
 
 
-def _check_skipped(skip: Sequence[str], linears: Mapping[str, nn.Linear]) -> None:
+def matching(skip: Sequence[str], linears: Collection[str]) -> set[str]:
+    """Those of `linears` that are skipped.
+
+    Args:
+        skip: names, or `re:` and a pattern that is found in them.
+
+    Raises:
+        RecipeError: one that names none of them.
+    """
+    skipped: set[str] = set()
     for pattern in skip:
         try:
-            found = any(_names(pattern, name) for name in linears)
+            found = {name for name in linears if _names(pattern, name)}
         except re.error as error:
             raise RecipeError(f"skip: {pattern!r} is no regular expression ({error})") from error
         if not found:
             raise RecipeError(f"skip: no linear layer is called {pattern!r}{did_you_mean(pattern, linears)}")
+        skipped |= found
+    return skipped

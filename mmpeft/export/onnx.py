@@ -22,6 +22,7 @@ from mmpeft.core.errors import ModelError, RecipeError
 from mmpeft.core.files import write_json
 from mmpeft.core.optional import require
 from mmpeft.export.artefact import ONNX, artefact
+from mmpeft.export.linears import matching
 from mmpeft.export.merge import MergedModel
 from mmpeft.export.onnx_graph import EXTRA, check_installed
 from mmpeft.export.onnx_model import MANIFEST
@@ -36,6 +37,7 @@ from mmpeft.export.onnx_parts import (
     tied_embedding,
 )
 from mmpeft.export.onnx_vision import vision_of
+from mmpeft.export.onnx_weights import halve, quantized
 from mmpeft.export.sources import Source, write_companions
 from mmpeft.families.registry import family_of
 from mmpeft.models.load import load_model
@@ -45,15 +47,8 @@ Precision = Literal["int8", "fp16", "fp32"]
 INLINE_BYTES = 3 * 2**29
 """Bytes of weights up to which a graph is one file; protobuf ends at 2 GB."""
 
-_BLOCKS = (128, 64)
-"""Weights, and activations, that share a scale, what is faster first. ONNX Runtime's dynamic quantization has one for
-all activations of a prompt: on the first five layers of SmolLM2-135M outputs were 20 % off with it, 3 % with 128."""
-
 _ATTENTION_OPSET = 23
 """The first with an operator for attention."""
-
-_INT8_ACTIVATIONS = 4
-"""`accuracy_level` of MatMulNBits: activations in int8 as they come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +58,23 @@ class OnnxSettings:
     Attributes:
         precision: of weights: int8 with activations in int8 as they come; fp16 on disk and float32 in sums; fp32.
         include: parts to quantize beside the language model; "vision" costs accuracy.
+        skip: names of linear layers that stay in 16 bits, or `re:` and a pattern.
     """
 
     precision: Precision = "int8"
     include: tuple[Literal["vision"], ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Refuse parts that are not there, and layers or parts without int8.
+
+        Raises:
+            RecipeError: says what it found.
+        """
+        if set(self.include) - {VISION} or (self.include and self.precision != "int8"):
+            raise RecipeError(f"include: found {', '.join(self.include)}; expected vision, and that in int8 alone")
+        if self.skip and self.precision != "int8":
+            raise RecipeError(f"skip: with precision {self.precision} no layer is in int8; leave --skip out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +85,13 @@ class OnnxResult:
         output: the model's directory.
         graphs: by part the bytes of its graph with its weights.
         before: bytes of the source's weights in the precision that they have there.
+        quantized: names of the linear layers that are in int8.
     """
 
     output: Path
     graphs: Mapping[str, int]
     before: int
+    quantized: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -123,12 +133,12 @@ def write_onnx(source: Source, model: Any, output: str | Path, settings: OnnxSet
     """
     check_installed()
     settings = settings or OnnxSettings()
-    unknown = sorted(set(settings.include) - {VISION})
-    if unknown or (settings.include and settings.precision != "int8"):
-        raise RecipeError(f"include: found {', '.join(settings.include)}; expected vision, and that in int8 alone")
+    settings.check()
     int8, family = settings.precision == "int8", family_of(model).name
-    parts = [vision_of(family).part(model), *language_parts(model, int8=int8)]
-    quantized = {DECODER, HEAD, *settings.include} if int8 else set()
+    chosen, left = int8_layers(model, settings) if int8 else ({}, {})
+    tied = bool(int8 and is_tied(model) and HEAD in chosen.values())
+    parts = [vision_of(family).part(model), *language_parts(model, int8=int8, tied=tied)]
+    whole = {DECODER, HEAD, *settings.include} if int8 else set()
     facts = source.own_facts
     facts |= {
         "base_model": source.base_name,
@@ -136,16 +146,19 @@ def write_onnx(source: Source, model: Any, output: str | Path, settings: OnnxSet
         "onnx": vars(settings),
     }
     weights = sum(weight.nbytes for weight in model.parameters())
-    halved = {"int8": {VISION} - quantized, "fp16": {EMBEDDING, DECODER, HEAD, VISION}, "fp32": set()}
+    halved = {"int8": {VISION} - whole, "fp16": {EMBEDDING, DECODER, HEAD, VISION}, "fp32": set()}
     sizes = {}
     with artefact(output, kind=ONNX, needs=weights, sources=source.folders, facts=facts) as out:
         write_companions(source, out.folder)
         _without_code(out.folder)
-        tied = int8 and is_tied(model)
         for part in parts:
-            graph = trace(part, quantize=part.name in quantized)
+            graph = trace(part)
+            if part.name in whole:
+                spared = {name: model.get_submodule(name).weight for name, of in left.items() if of == part.name}
+                with _quiet():
+                    graph = quantized(graph, spared)
             if part.name in halved[settings.precision]:
-                _halve(graph)
+                halve(graph)
             sizes[part.name] = _save(graph, out.folder / f"{part.name}.onnx", beside=tied and part.name == HEAD)
         if tied:
             sizes[EMBEDDING] = _save_tied(out.folder, model.config.get_text_config().hidden_size)
@@ -153,15 +166,32 @@ def write_onnx(source: Source, model: Any, output: str | Path, settings: OnnxSet
         write_json(
             out.folder / MANIFEST, {"family": family, "precision": settings.precision, "graphs": files, "version": 1}
         )
-    return OnnxResult(output=Path(output), graphs=sizes, before=_source_bytes(source, weights))
+    return OnnxResult(output=Path(output), graphs=sizes, before=_source_bytes(source, weights), quantized=tuple(chosen))
 
 
-def trace(part: Part, *, quantize: bool) -> Any:
-    """A part as an `onnx_ir.Model`.
+def int8_layers(model: Any, settings: OnnxSettings) -> tuple[dict[str, str], dict[str, str]]:
+    """The linear layers that are written in int8, and those that would be and are skipped; each with its graph.
 
-    Args:
-        quantize: make int8 of the weights of its matrix products, with a scale for 128 of them.
+    Raises:
+        RecipeError: `settings` name what is not there.
     """
+    inside, head, spec = set(model.get_decoder().modules()), model.get_output_embeddings(), family_of(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    places = {}
+    for name, module in linears.items():
+        if module in inside:
+            places[name] = DECODER
+        elif module is head:
+            places[name] = HEAD
+        elif VISION in settings.include and spec.part_of(name) in ("vision", "projector"):
+            places[name] = VISION
+    skipped = matching(settings.skip, linears)
+    chosen = {name: place for name, place in places.items() if name not in skipped}
+    return chosen, {name: place for name, place in places.items() if name in skipped}
+
+
+def trace(part: Part) -> Any:
+    """A part as an `onnx_ir.Model`."""
     exporter = require("transformers.exporters.exporter_onnx", extra=EXTRA)
     decoder = part.name == DECODER
     config = OnnxConfig(
@@ -171,39 +201,7 @@ def trace(part: Part, *, quantize: bool) -> Any:
         ort_fusions="cpu" if decoder else None,
     )
     with _quiet():
-        graph = exporter.OnnxExporter().export_program(part.module.eval(), dict(part.inputs), config)[0]
-        return _quantized(graph) if quantize else graph
-
-
-def _quantized(graph: Any) -> Any:
-    ir = require("onnx_ir", extra=EXTRA)
-    kind = require("onnxruntime.quantization.matmul_nbits_quantizer", extra=EXTRA).MatMulNBitsQuantizer
-    for block, names in _by_block(graph).items():
-        proto = ir.to_proto(graph)
-        quantizer = kind(
-            proto,
-            bits=8,
-            block_size=block,
-            is_symmetric=True,
-            accuracy_level=_INT8_ACTIVATIONS,
-            nodes_to_include=names,
-        )
-        quantizer.process()
-        graph = ir.from_proto(quantizer.model.model)
-    return graph
-
-
-def _by_block(graph: Any) -> dict[int, list[str]]:
-    """Names of matrix products by how many of their weights share a scale: so many as leave no block half empty."""
-    found: dict[int, list[str]] = {}
-    for node in graph.graph:
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
-            continue
-        channels = int(weight.const_value.shape[0])
-        block = next((each for each in _BLOCKS if channels % each == 0), _BLOCKS[0])
-        found.setdefault(block, []).append(node.name)
-    return found
+        return exporter.OnnxExporter().export_program(part.module.eval(), dict(part.inputs), config)[0]
 
 
 def _automatic(varying: Any) -> Any:
@@ -231,27 +229,6 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
-def _halve(graph: Any) -> None:
-    """Store float32 weights in float16; a cast behind each, which ONNX Runtime does once, gives float32 back."""
-    ir = require("onnx_ir", extra=EXTRA)
-    for name, value in list(graph.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 2:
-            continue
-        half = torch.from_numpy(tensor.numpy().copy()).to(torch.float16)
-        if not bool(torch.isfinite(half).all()):
-            continue
-        stored = ir.Value(name=f"{name}_fp16", const_value=ir.tensor(half.numpy(), name=f"{name}_fp16"))
-        stored.dtype, stored.shape = ir.DataType.FLOAT16, value.shape
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
-        cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
-        value.replace_all_uses_with(cast.outputs[0])
-        graph.graph.initializers.pop(name)
-        cast.outputs[0].name = name
-        graph.graph.register_initializer(stored)
-        graph.graph.insert_before(graph.graph[0], cast)
-
-
 def _save(graph: Any, file: Path, *, beside: bool = False) -> int:
     """Write a graph; bytes of all.
 
@@ -274,7 +251,7 @@ def _save_tied(folder: Path, channels: int) -> int:
     stored = {each.const_value.dtype: each.const_value for each in product.inputs[1:3]}
     words, blocks, block = map(int, stored[ir.DataType.UINT8].shape)
     shapes = {ir.DataType.UINT8: (words, blocks, block), ir.DataType.FLOAT: (words, blocks)}
-    graph = trace(tied_embedding(words, blocks, block, channels), quantize=False)
+    graph = trace(tied_embedding(words, blocks, block, channels))
     for name, value in graph.graph.initializers.items():
         place = stored.get(value.const_value.dtype)
         if place is None or tuple(map(int, value.const_value.shape)) != shapes[value.const_value.dtype]:

@@ -144,11 +144,12 @@ class _Head(nn.Module):
         return {"logits": self.head(hidden_states)}
 
 
-def language_parts(model: Any, *, int8: bool) -> list[Part]:
-    """Embedding, decoder with past, and head of a model in float32; in int8 no embedding of which the head has all.
+def language_parts(model: Any, *, int8: bool, tied: bool = False) -> list[Part]:
+    """Embedding, decoder with past, and head of a model in float32.
 
     Args:
         int8: store the embedding in int8, with a scale a row.
+        tied: leave the embedding out, of which the head has all.
 
     Raises:
         ModelError: its decoder keeps something else than keys and values of all tokens.
@@ -163,7 +164,7 @@ def language_parts(model: Any, *, int8: bool) -> list[Part]:
     axes = position_axes(config)
     hidden = torch.zeros(rows, length, channels)
     return [
-        *([] if int8 and is_tied(model) else [_embedding(_own_embedding(table, int8=int8))]),
+        *([] if tied else [_embedding(_own_embedding(table, int8=int8))]),
         Part(
             name=DECODER,
             module=_Decoder(decoder),

@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmpeft.export.artefact import check_replaceable
+from mmpeft.export.coarse import in_blocks
 from mmpeft.export.onnx import OnnxResult, OnnxSettings, merged_in_memory, write_onnx
 from mmpeft.export.onnx_graph import check_installed
 from mmpeft.export.onnx_model import OnnxModel
+from mmpeft.export.onnx_weights import block_of
 from mmpeft.export.sources import find_source
 from mmpeft.models.load import load_processor
 from mmpeft.pipeline.export_gate import UNCOMPARED, Gate, Outcome, Threshold, concluded, find_held_out
@@ -46,8 +48,11 @@ def export_onnx(
         DataError: there is nothing to compare on.
         MissingDependencyError: a library of the extra `onnx` is not installed.
         OutputError: the output holds something else, has no room, or cannot be written.
+        RecipeError: `settings` name what is not there.
     """
     check_installed()
+    settings = settings or OnnxSettings()
+    settings.check()
     check_replaceable(Path(output).expanduser())
     found = find_source(source, base=base)
     if not compare:
@@ -65,6 +70,6 @@ def export_onnx(
             OnnxModel.from_pretrained(result.output),
             threshold or Threshold(),
             sizes=(result.before, result.bytes),
-            layers={},
+            layers=lambda: gate.errors(merged_in_memory(found), result.quantized, in_blocks(block_of)),
         )
     return concluded(result, parity)

@@ -9,6 +9,7 @@ from mmpeft import OnnxModel, answer, run
 from mmpeft.cli.main import app
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import RecipeError
+from mmpeft.export.agreement import Agreement
 from tests.project import write_project
 
 pytestmark = pytest.mark.slow
@@ -53,14 +54,19 @@ def test_adapter_becomes_graphs_that_answer(project):
         assert what in str(done.exception)
 
 
-def test_what_falls_below_has_status_1(project):
+def test_what_falls_below_has_status_1_and_names_layers(project, monkeypatch):
     out = project / "strict"
-    command = ["export", "onnx", str(project / "run" / "adapter"), str(out), "--min-agreement", "1", "--max-drop", "0"]
-    data = project / "data" / "eval.json"
-    done = CliRunner().invoke(app, [*command, "--data", str(data), "--media-root", str(data.parent / "images")])
+    monkeypatch.setattr("mmpeft.pipeline.export_gate.Said.against", lambda *_: Agreement(tokens=9, top1=0.5, kl=2.0))
+    done = CliRunner().invoke(app, ["export", "onnx", str(project / "run" / "adapter"), str(out)])
+    assert done.exit_code == 1
+    assert "the same token is the most likely for 50.0%, and 95.0% are asked for" in done.output
+    assert "most is changed by " in done.output
     parity = json.loads((out / "parity.json").read_text())
-    assert done.exit_code == (0 if parity["passed"] else 1)
-    assert ("parity passed" if parity["passed"] else "not passed") in done.output
+    assert not parity["passed"]
+    layers = {each["name"]: each["error"] for each in parity["layers"]}
+    assert "lm_head" in layers
+    assert sum("language_model.layers" in name for name in layers) == 14
+    assert all(0 < error < 0.03 for error in layers.values())
 
 
 def test_without_comparison_it_does_not_pass(project):

@@ -193,11 +193,8 @@ def test_layers_are_left_for_answers_as_well_where_tokens_are_near_enough(monkey
 
     def evaluate(settings, model, processor, dataset):
         seen.append(model.get_submodule(LAYER).weight.detach().clone())
-        return {
-            "metrics": {"exact_match": 0.9 if torch.equal(seen[0], seen[-1]) else 0.4},
-            "predictions": [{"answer": "1"}],
-            "seconds": 1.0,
-        }
+        score = 0.9 if torch.equal(seen[0], seen[-1]) else 0.4
+        return {"metrics": {"exact_match": score}, "predictions": [{"answer": "1"}], "seconds": 1.0}
 
     monkeypatch.setattr("mmpeft.pipeline.export_gate.evaluate_with", evaluate)
     done = mmpeft.export_int8(run / "adapter", tmp_path / "out", auto_skip=True)

@@ -3,11 +3,13 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +19,10 @@ from mmpeft.core.errors import MissingDependencyError, ModelError, OutputError, 
 from mmpeft.data.collate import TEXT_ALIGNED, join_media
 from mmpeft.data.encode import encode_prompt
 from mmpeft.data.types import Media, Turn
+from mmpeft.export.coarse import in_blocks
 from mmpeft.export.onnx import OnnxSettings, merged_in_memory, write_onnx
-from mmpeft.export.onnx_graph import check_installed
+from mmpeft.export.onnx_graph import OnnxGraph, check_installed
+from mmpeft.export.onnx_weights import block_of
 from mmpeft.export.sources import find_source
 from mmpeft.methods.checkpoint import initial_lora
 from mmpeft.models.compose import compose_model
@@ -184,6 +188,60 @@ def test_int8_is_near_and_small(tmp_path):
     assert 0 < float((want.exp() * (want - found)).sum(-1).mean()) < 1e-3
     graph = (pair.folder / "decoder.onnx").read_bytes()
     assert b"MatMulNBits" in graph
+
+
+def operators(file: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(str(file), load_external_data=False).graph.node)
+
+
+@torch.no_grad()
+def test_layers_are_left_by_their_names(tmp_path):
+    processor = tiny_processor()
+    model = tiny_llava(processor, hidden=64)
+    whole = export(tmp_path / "whole", model, processor, include=("vision",))
+    # Queries, keys and values are one product in the graph, gates and what they gate another.
+    before = operators(whole.folder / "decoder.onnx")
+    assert before["MatMulNBits"] == 8
+    skip = ("model.language_model.layers.0.mlp.up_proj", r"re:layers\.1\.self_attn", "lm_head")
+    left = export(tmp_path / "left", model, processor, include=("vision",), skip=skip)
+    found = operators(left.folder / "decoder.onnx")
+    assert (found["MatMulNBits"], found["MatMul"], found["Cast"] - before["Cast"]) == (5, 3, 3)
+    assert operators(left.folder / "head.onnx")["MatMulNBits"] == 0
+    # Head and embedding have the same weights, and have them in 16 bits and in int8 now.
+    assert not (left.folder / "head.onnx.data").exists()
+    batch = ask(processor, 2)
+    want = left.model(**batch).logits
+    far = [float((pair.graphs(**batch).logits - want).square().sum()) for pair in (whole, left)]
+    assert far[1] < far[0]
+    none = export(tmp_path / "none", model, processor, skip=("re:.",))
+    torch.testing.assert_close(none.graphs(**batch).logits, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"skip": ("lm_haed",)}, "no linear layer is called 'lm_haed'"),
+        ({"skip": ("lm_head",), "precision": "fp16"}, "no layer is in int8"),
+        ({"include": ("audio",)}, "expected vision"),
+    ],
+)
+def test_settings_that_name_what_is_not_there(settings, said, llava, tmp_path):
+    source = find_source(llava.folder.parent / "base")
+    with pytest.raises(RecipeError, match=said):
+        write_onnx(source, llava.model, tmp_path / "out", OnnxSettings(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_errors_by_layer_are_those_of_the_runtime(tmp_path):
+    processor = tiny_processor()
+    pair = export(tmp_path, tiny_llava(processor, hidden=64), processor)
+    head, x = pair.model.lm_head, torch.randn(50, 5, 64)
+    right = head(x)
+    theirs = OnnxGraph(pair.folder / "head.onnx")(hidden_states=x)["logits"] - right
+    ours = in_blocks(block_of)("lm_head", head, x) - right
+    # Scales are rounded otherwise, so not number by number.
+    assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=0.05)
 
 
 @torch.no_grad()
