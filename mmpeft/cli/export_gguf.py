@@ -16,6 +16,7 @@ from mmpeft.cli.export import (
     ParityOption,
     RootOption,
     SamplesOption,
+    SkipOption,
     SourceArgument,
     say,
 )
@@ -41,6 +42,7 @@ def gguf(
     base: BaseOption = None,
     outtype: Annotated[OutType, typer.Option(help="How the language model's matrices are written.")] = OutType.Q8_0,
     lora: Annotated[bool, typer.Option("--lora", help="Write the LoRA apart instead of a merged model.")] = False,
+    skip: SkipOption = None,
     data: DataOption = None,
     media_root: RootOption = None,
     samples: SamplesOption = 64,
@@ -61,6 +63,7 @@ def gguf(
         base=base,
         outtype=outtype.value,
         lora=lora,
+        skip=tuple(skip or ()),
         data=data,
         media_root=media_root,
         samples=samples,

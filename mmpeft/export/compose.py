@@ -25,8 +25,8 @@ from mmpeft.core.files import read_json, write_json, writing
 from mmpeft.export.artefact import artefact
 from mmpeft.export.merge import BASE_LAYOUT, MergedModel, all_finite
 from mmpeft.export.shards import Checkpoint
-from mmpeft.export.sources import BASE_REVISION, OF_FILES, Source, find_source, write_companions
-from mmpeft.models.load import FACTS_NAME, load_processor
+from mmpeft.export.sources import OF_FILES, Source, find_source, write_companions
+from mmpeft.models.load import BASE_REVISION, FACTS_NAME, load_processor
 
 KIND = "composed model"
 

@@ -7,7 +7,7 @@
 Weights pass by one at a time, merged with an adapter, so memory holds about one tensor whatever the model's size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 from mmpeft.core.errors import ModelError, RecipeError
 from mmpeft.export.artefact import GGUF, artefact
 from mmpeft.export.gguf_adapter import GgufAdapter
-from mmpeft.export.gguf_file import GgufFile, OutType, Piece, gguf_package
+from mmpeft.export.gguf_file import Q8_BLOCK, GgufFile, OutType, Piece, gguf_package
 from mmpeft.export.gguf_language import LanguageNames, add_language, extra_pieces, language_of
 from mmpeft.export.gguf_vision import vision_shape
 from mmpeft.export.gguf_words import add_words
+from mmpeft.export.linears import matching
 from mmpeft.export.merge import MergedModel, tied_names
 from mmpeft.export.names import StoredNames
 from mmpeft.export.sources import Source
@@ -40,12 +41,14 @@ class GgufResult:
         files: bytes of the tensors, by name of the file.
         before: bytes of the merged model's tensors.
         notes: how llama.cpp treats pictures otherwise than the processor.
+        quantized: names of the linear layers that are in int8.
     """
 
     output: Path
     files: dict[str, int]
     before: int
     notes: tuple[str, ...]
+    quantized: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -59,6 +62,7 @@ def write_gguf(
     *,
     outtype: str = OutType.Q8_0,
     lora: bool = False,
+    skip: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> GgufResult:
     """Write an adapter on its base, or a model, as GGUF files.
@@ -68,18 +72,22 @@ def write_gguf(
         output: a new or empty directory, or an earlier export, which is replaced.
         outtype: how the language model's matrices are written: `q8_0`, `f16` or `bf16`.
         lora: write the adapter's LoRA apart, to be put on a GGUF file of its base, and no language model.
+        skip: names of linear layers that stay in 16 bits, or `re:` and a pattern.
         trust_remote_code: whether code that comes with the base may run.
 
     Raises:
         AdapterError, ModelError: source and base do not fit, are not whole, or llama.cpp does not compute them.
         OutputError: the output holds something else, has no room, or cannot be written.
-        RecipeError: `lora` for a model, or an outtype that there is not.
+        RecipeError: `lora` for a model, an outtype that there is not, or `skip` names no layer or nothing in int8.
     """
     if outtype not in list(OutType):
         raise RecipeError(f"outtype {outtype!r}: expected one of {', '.join(OutType)}")
     if lora and source.adapter is None:
         raise RecipeError(f"{source.name}: it is a model and no adapter; leave out --lora")
-    return GgufExport(source, trust_remote_code=trust_remote_code).write(output, outtype=OutType(outtype), lora=lora)
+    if skip and (lora or outtype != OutType.Q8_0):
+        raise RecipeError(f"skip: {'a LoRA alone' if lora else outtype} has no layer in int8; leave --skip out")
+    export = GgufExport(source, skip=skip, trust_remote_code=trust_remote_code)
+    return export.write(output, outtype=OutType(outtype), lora=lora)
 
 
 class GgufExport:
@@ -87,14 +95,16 @@ class GgufExport:
 
     Args:
         source: an adapter on its base, or a model.
+        skip: names of linear layers that stay in 16 bits, or `re:` and a pattern.
         trust_remote_code: whether code that comes with the base may run.
 
     Raises:
         AdapterError: the adapter does not fit the base.
         ModelError: the base is not whole or quantized, or mmpeft does not write it as GGUF.
+        RecipeError: `skip` names no layer.
     """
 
-    def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, source: Source, *, skip: Sequence[str] = (), trust_remote_code: bool = False) -> None:
         gguf_package()
         self.source, self.trust = source, trust_remote_code
         self.config: Any = read_config(source.base, trust_remote_code=trust_remote_code)
@@ -110,6 +120,10 @@ class GgufExport:
                 f"{source.base}: {min(self.names.groups)} is rearranged on loading; load and save it with transformers"
             )
         self.words = LanguageNames(self.language, self.config.text_config, self.shape.language)
+        self.linears = {
+            name: module for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
+        self.skipped = matching(skip, self.linears)
 
     def write(self, output: str | Path, *, outtype: OutType = OutType.Q8_0, lora: bool = False) -> GgufResult:
         """Write the directory.
@@ -126,7 +140,7 @@ class GgufExport:
         facts |= {
             "base_model": self.source.base_name,
             "merged_adapter": None if self.source.adapter is None or lora else self.source.name,
-            "gguf": {"outtype": outtype.value, "lora": lora, "notes": list(notes)},
+            "gguf": {"outtype": outtype.value, "lora": lora, "notes": list(notes), "skipped": sorted(self.skipped)},
         }
         needs = self.merged.checkpoint.bytes
         with artefact(output, kind=GGUF, needs=needs, sources=self.source.folders, facts=facts) as out:
@@ -141,7 +155,16 @@ class GgufExport:
                 spoken.check_whole()
                 seen.check_whole()
         files = {spoken.path.name: spoken.bytes, seen.path.name: seen.bytes}
-        return GgufResult(output=Path(output), files=files, before=needs, notes=notes)
+        in_int8 = self._in_int8() if outtype is OutType.Q8_0 and not lora else ()
+        return GgufResult(output=Path(output), files=files, before=needs, notes=notes, quantized=in_int8)
+
+    def _in_int8(self) -> tuple[str, ...]:
+        """Names of the linear layers that Q8_0 is of."""
+        return tuple(
+            name
+            for name, layer in self.linears.items()
+            if self.words.name(f"{name}.weight") and name not in self.skipped and layer.in_features % Q8_BLOCK == 0
+        )
 
     def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Merged tensors by the names of parameters."""
@@ -164,7 +187,10 @@ class GgufExport:
             name = self.words.name(parameter)
             if name is not None and (parameter != _HEAD or head_apart):
                 take = self.words.take(parameter)
-                language.append(Piece(source=parameter, name=name, shape=shape, take=take))
+                # The head's, too, is the embedding's table where both have the same weights.
+                shared = not head_apart and parameter.endswith("embed_tokens.weight")
+                half = (_HEAD if shared else parameter).removesuffix(".weight") in self.skipped
+                language.append(Piece(source=parameter, name=name, shape=shape, take=take, half=half))
             elif parameter.startswith((f"{self.shape.tower}.", f"{self.shape.projector}.")):
                 vision += self.shape.pieces(self.config, parameter, shape)
             elif name is None and not parameter.endswith(".inv_freq"):

@@ -19,6 +19,9 @@ import torch
 from mmpeft.core.errors import ModelError
 from mmpeft.core.optional import require
 
+Q8_BLOCK = 32
+"""Numbers of a row that share a scale in Q8_0."""
+
 Take = Callable[[torch.Tensor], torch.Tensor]
 """What a file's tensor is of a model's: itself, some of its rows, or its rows in another order."""
 
@@ -41,6 +44,7 @@ class Piece:
         shape: of the model's tensor.
         take: what it is of that one.
         exact: whether it stays in float32 whatever the file's type.
+        half: whether it is in 16 bits where the file's matrices are in int8.
     """
 
     source: str
@@ -48,6 +52,7 @@ class Piece:
     shape: tuple[int, ...]
     take: Take = lambda tensor: tensor
     exact: bool = False
+    half: bool = False
 
 
 def gguf_package() -> ModuleType:
@@ -90,7 +95,7 @@ class GgufFile:
         self.bytes = 0
         for piece in pieces:
             shape = tuple(piece.take(torch.empty(piece.shape, device="meta")).shape)
-            kind = self._kind(shape, outtype, exact=piece.exact)
+            kind = self._kind(piece, shape, outtype)
             block, size = self._gguf.GGML_QUANT_SIZES[kind]
             count = torch.Size(shape).numel() // block * size
             self.writer.add_tensor_info(piece.name, shape, np.dtype(np.float32), count, raw_dtype=kind)
@@ -98,11 +103,10 @@ class GgufFile:
             self._offsets[piece.name], self._kinds[piece.name] = self.bytes, kind
             self.bytes += self.writer.ggml_pad(count, self.writer.data_alignment)
 
-    def _kind(self, shape: tuple[int, ...], outtype: OutType, *, exact: bool) -> Any:
-        if exact or len(shape) < 2:
+    def _kind(self, piece: Piece, shape: tuple[int, ...], outtype: OutType) -> Any:
+        if piece.exact or len(shape) < 2:
             return self._types.F32
-        # Blocks of Q8_0 are 32 numbers of a row.
-        if outtype is OutType.Q8_0 and shape[-1] % self._gguf.GGML_QUANT_SIZES[self._types.Q8_0][0]:
+        if outtype is OutType.Q8_0 and (piece.half or shape[-1] % Q8_BLOCK):
             return self._types.F16
         return self._types[outtype.name]
 

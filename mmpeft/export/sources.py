@@ -12,13 +12,14 @@ from peft.utils import CONFIG_NAME
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from mmpeft.core.errors import AdapterError, ModelError
-from mmpeft.core.files import read_json, write_json
+from mmpeft.core.files import write_json
 from mmpeft.core.hashing import hash_file
 from mmpeft.export.merge import BASE_LAYOUT
 from mmpeft.export.shards import Checkpoint
 from mmpeft.families.qwen2_5_omni import SPEAKERS
 from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.models.load import (
+    BASE_REVISION,
     FACTS_NAME,
     NOT_FETCHED,
     PROCESSOR_FILES,
@@ -26,14 +27,13 @@ from mmpeft.models.load import (
     is_adapter,
     load_processor,
     read_adapter_config,
+    read_facts,
     resolve_adapter,
+    trained_revision,
 )
 
 OF_FILES = ("artefact", "files", "sizes")
 """Keys of mmpeft.json that say of which files a directory is."""
-
-BASE_REVISION = "base_revision"
-"""Key of mmpeft.json: the commit of a base from the Hub that an adapter was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def find_source(name: str | Path, *, base: str | Path | None = None) -> Source:
         _check_processor(folder, adapter)
         return Source(name=name, base=folder, base_name=str(base), adapter=adapter, facts=facts)
     found = adapter_base(adapter)
-    revision = None if Path(found).is_dir() else facts.get(BASE_REVISION)
+    revision = trained_revision(adapter, found)
     try:
         folder = fetch_model(found, revision=revision)
     except ModelError as error:
@@ -133,12 +133,13 @@ def _check_unchanged(adapter: Path, facts: Mapping[str, Any], base: Path) -> Non
     Raises:
         AdapterError: names the first, and what to do.
     """
-    recorded: Mapping[str, Any] = next((each for each in facts.get("base") or () if each.get("role") == "model"), {})
-    # A stage that trained a tower in full made a base of its own, of which nothing is recorded.
-    named = str(read_adapter_config(adapter).get("base_model_name_or_path"))
-    if Path(str(recorded.get("name"))).absolute() != Path(named).absolute():
-        return
-    for name, then in (recorded.get("files") or {}).items():
+    origin: Mapping[str, Any] = next((each for each in facts.get("base") or () if each.get("role") == "model"), {})
+    records = [(origin.get("name"), origin.get("files")), (facts.get("base_model"), facts.get(BASE_WEIGHTS))]
+    named = Path(str(read_adapter_config(adapter).get("base_model_name_or_path"))).resolve()
+    recorded: Mapping[str, str] = next(
+        (files for path, files in records if files and Path(str(path)).resolve() == named), {}
+    )
+    for name, then in recorded.items():
         file = base / name
         if file.suffix == ".safetensors" and file.is_file() and hash_file(file) != then:
             raise AdapterError(
@@ -169,6 +170,15 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(NOT_FETCHED)))
 
 
+BASE_WEIGHTS = "base_weights"
+"""Key of mmpeft.json: hashes of the files of a base that the run itself made; of others `base` has them."""
+
+
+def weights_hashes(base: Path) -> dict[str, str]:
+    """SHA-256 of a model's files of weights, by name."""
+    return {file.name: hash_file(file) for file in sorted(base.glob("*.safetensors"))}
+
+
 def base_facts(base: str) -> dict[str, Any]:
     """What mmpeft.json records of the base that was trained on: the commit on the Hub, and names and shapes.
 
@@ -179,22 +189,6 @@ def base_facts(base: str) -> dict[str, Any]:
     folder = Path(base) if file is None else Path(file).parent
     revision = None if Path(base).is_dir() else folder.name
     return {BASE_REVISION: revision, BASE_LAYOUT: Checkpoint(folder).layout_hash()}
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Content of mmpeft.json; empty where there is none.
-
-    Raises:
-        AdapterError: it is damaged.
-    """
-    file = folder / FACTS_NAME
-    try:
-        found = read_json(file) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
-    if not isinstance(found, dict):
-        raise AdapterError(f"{file}: holds a {type(found).__name__}, not facts by name; train or copy it again")
-    return found
 
 
 def write_companions(

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 FACTS_NAME = "mmpeft.json"
 """File of an adapter that mmpeft wrote; its `base_model_relative` says where the base lies from there."""
 
+BASE_REVISION = "base_revision"
+"""Its key with the commit of a base on the Hub that the adapter was trained on."""
+
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """One of them lies where a processor does."""
 
@@ -68,6 +71,8 @@ def load_model(
         load_model("llava-hf/llava-1.5-7b-hf", adapter="me/receipts")   a base with an adapter on it
         load_model("runs/receipts/adapter")                             an adapter, on the base that it names
 
+    A base on the Hub that an adapter names is read at the commit that the adapter's mmpeft.json records, if it does.
+
     Args:
         name_or_path: hub id or directory of a model of a known family, or of an adapter.
         adapter: hub id or directory of an adapter for that model.
@@ -89,12 +94,13 @@ def load_model(
     """
     target = pick_device(device)
     precision = pick_dtype(dtype, target)
-    base, folder = str(name_or_path), None
+    base, folder, revision = str(name_or_path), None, None
     if adapter is not None:
         folder = resolve_adapter(str(adapter))
     elif is_adapter(base):
         folder = resolve_adapter(base)
         base = adapter_base(folder)
+        revision = trained_revision(folder, base)
     try:
         how = _How(
             trust_remote_code=trust_remote_code,
@@ -102,20 +108,24 @@ def load_model(
             quantization=quantization,
             device=target,
             own_precision=dtype == "auto",
+            revision=revision,
         )
         model = _load_base(base, dtype=precision, how=how)
     except ModelError as error:
         if folder is None or adapter is not None:
             raise
+        which = f" at revision {revision}, on which it was trained," if revision else ""
         raise AdapterError(
-            f"{name_or_path}: its base model cannot be read ({error}); say where the base is: "
+            f"{name_or_path}: its base model{which} cannot be read ({error}); say where the base is: "
             f"load_model(BASE, adapter={str(name_or_path)!r})"
         ) from error
     if is_sharded(model):
         place_whole(model, target)
     elif quantization is None and not is_deepspeed_zero3_enabled():
         cast(nn.Module, model).to(target)
-    processor = load_processor(base, adapter=folder, max_pixels=max_pixels, trust_remote_code=trust_remote_code)
+    processor = load_processor(
+        base, adapter=folder, max_pixels=max_pixels, trust_remote_code=trust_remote_code, revision=revision
+    )
     return (model if folder is None else attach_adapter(model, folder)), processor
 
 
@@ -125,8 +135,16 @@ def load_processor(
     adapter: str | Path | None = None,
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """The processor that lies in the adapter's directory, else the base's, `max_pixels` set on it.
+
+    Args:
+        name_or_path: directory or hub id of the base.
+        adapter: directory of the adapter.
+        max_pixels: most pixels of a picture; default: the processor's own limit.
+        trust_remote_code: whether code that comes with it may run.
+        revision: commit of the base on the Hub; default: the newest.
 
     Raises:
         ModelError: there is none, or it does not take media and text, or its pictures have a fixed size.
@@ -135,7 +153,9 @@ def load_processor(
     name = str(adapter if beside else name_or_path)
     check_name(name)
     with reading(name, "processor"):
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=None if beside else revision
+        )
     takes_media = any(hasattr(processor, name) for name in ("image_processor", "feature_extractor"))
     if not takes_media or not hasattr(processor, "tokenizer"):
         raise ModelError(
@@ -161,8 +181,7 @@ def adapter_base(folder: str | Path) -> str:
         )
     if Path(named).is_dir():
         return str(named)
-    facts = folder / FACTS_NAME
-    relative = read_json(facts).get("base_model_relative") if facts.is_file() else None
+    relative = read_facts(folder).get("base_model_relative")
     if relative and (folder / relative).is_dir():
         moved = str((folder / relative).resolve())
         logger.info("the base model is not at %s any more; taking it from %s", named, moved)
@@ -173,6 +192,36 @@ def adapter_base(folder: str | Path) -> str:
         f"{folder}: its base model {named} does not exist any more; put it back, or say where it is: "
         f"load_model(BASE, adapter={str(folder)!r})"
     )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Content of mmpeft.json; empty where there is none.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    file = folder / FACTS_NAME
+    try:
+        found = read_json(file) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: holds a {type(found).__name__}, not facts by name; train or copy it again")
+    return found
+
+
+def trained_revision(folder: Path, base: str) -> str | None:
+    """The commit of a base on the Hub that an adapter was trained on; None of directories, and where none is recorded.
+
+    Args:
+        folder: of the adapter.
+        base: what `adapter_base` says of it.
+
+    Raises:
+        AdapterError: mmpeft.json is damaged.
+    """
+    found = None if Path(base).is_dir() else read_facts(folder).get(BASE_REVISION)
+    return None if found is None else str(found)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -242,12 +291,13 @@ class _How:
     quantization: Quantization | None
     device: torch.device
     own_precision: bool
+    revision: str | None
 
 
 def _load_base(name: str, *, dtype: torch.dtype | str, how: _How) -> PreTrainedModel:
     check_name(name)
     with reading(name, "model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=how.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=how.trust_remote_code, revision=how.revision)
     if how.own_precision and quantized_as(config) == "bitsandbytes":
         # transformers 5.24 brings but a part of such a checkpoint to another precision, and its layers then refuse each
         # other. That has gone when one in bfloat16 answers after `from_pretrained(dtype=torch.float32)`.
@@ -271,6 +321,7 @@ def _load_base(name: str, *, dtype: torch.dtype | str, how: _How) -> PreTrainedM
         dtype=dtype,
         trust_remote_code=how.trust_remote_code,
         config=config,
+        revision=how.revision,
         **options,
     )
     check_complete(name, missing)

@@ -20,8 +20,9 @@ from mmpeft.data.labels import conversation_of, prompt_of, starts_with_bos
 from mmpeft.data.load_media import load_media
 from mmpeft.evaluation.scores import score_answers
 from mmpeft.export.artefact import check_replaceable
+from mmpeft.export.coarse import in_blocks
 from mmpeft.export.gguf import GgufResult, write_gguf
-from mmpeft.export.gguf_file import OutType
+from mmpeft.export.gguf_file import Q8_BLOCK, OutType
 from mmpeft.export.gguf_vision import VisionShape, vision_shape
 from mmpeft.export.llama_cpp import LlamaCpp, binding, version
 from mmpeft.export.sources import Source, find_source
@@ -49,6 +50,7 @@ def export_gguf(
     base: str | Path | None = None,
     outtype: str = OutType.Q8_0,
     lora: bool = False,
+    skip: Sequence[str] = (),
     data: Path | None = None,
     media_root: Path | None = None,
     samples: int = 64,
@@ -71,6 +73,7 @@ def export_gguf(
         outtype: how the language model's matrices are written: `q8_0`, `f16` or `bf16`.
         lora: write the adapter's LoRA apart, to be put on a GGUF file of its base, and no language model; there is
             nothing to compare then.
+        skip: names of linear layers that stay in 16 bits, or `re:` and a pattern.
         data, media_root: held-out samples; default: those of the run that trained the adapter.
         samples: of how many the tokens are compared.
         threshold: what the export has to reach.
@@ -82,11 +85,11 @@ def export_gguf(
         AdapterError, ModelError: source and base do not fit, are not whole, or llama.cpp does not compute them.
         DataError: there is nothing to compare on, or it has more than pictures.
         OutputError: the output holds something else, has no room, or cannot be written.
-        RecipeError: `lora` for a model, or an outtype that there is not.
+        RecipeError: `lora` for a model, an outtype that there is not, or `skip` names no layer or nothing in int8.
     """
     check_replaceable(Path(output).expanduser())
     found = find_source(source, base=base)
-    options: dict[str, Any] = {"outtype": outtype, "lora": lora, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"outtype": outtype, "lora": lora, "skip": skip, "trust_remote_code": trust_remote_code}
     why = _obstacle(lora=lora) if compare else ""
     if not compare or why:
         parity = {**UNCOMPARED, "why": f"{UNCOMPARED['why']}: {why}"} if why else UNCOMPARED
@@ -98,14 +101,18 @@ def export_gguf(
     _check_pictures_alone(held_out)
     result = write_gguf(found, output, **options)
     with Gate(held_out, processor) as gate:
-        gate.ask_source(_source(found, device=device, trust_remote_code=trust_remote_code))
+
+        def asked_first() -> Any:
+            return _source(found, device=device, trust_remote_code=trust_remote_code)
+
+        gate.ask_source(asked_first())
         asked = Asked(LlamaCpp.of_export(result.output, threads=torch.get_num_threads()), held_out, processor, shape)
         parity = gate.verdict(
             gate.agreement_of(asked.logits()),
             asked.scores(),
             threshold or Threshold(answers=SAME),
             sizes=(result.before, result.bytes),
-            layers={},
+            layers=lambda: gate.errors(asked_first(), result.quantized, in_blocks(lambda _: Q8_BLOCK)),
         )
     return concluded(result, {**parity, "runtime": version()})
 

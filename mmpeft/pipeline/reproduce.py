@@ -11,9 +11,8 @@ from rich.console import Console
 
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import AdapterError, DataError, ModelError
-from mmpeft.export.sources import read_facts
 from mmpeft.methods.checkpoint import read_weights
-from mmpeft.models.load import FACTS_NAME, load_processor, resolve_adapter
+from mmpeft.models.load import FACTS_NAME, load_processor, read_facts, resolve_adapter
 from mmpeft.pipeline.base import resolve_base
 from mmpeft.pipeline.data import describe_data, load_held_out, load_train
 from mmpeft.pipeline.directory import RunDirectory

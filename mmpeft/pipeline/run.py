@@ -25,7 +25,7 @@ from mmpeft.core.memory import forget_peak, memory_in_use, peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.export.card import render_card
 from mmpeft.export.hub import check_login
-from mmpeft.export.sources import base_facts
+from mmpeft.export.sources import BASE_WEIGHTS, base_facts, weights_hashes
 from mmpeft.families.registry import family_of
 from mmpeft.methods.checkpoint import copy_adapter
 from mmpeft.models.devices import pick_device
@@ -388,6 +388,9 @@ class _Run:
         base = self.position.base
         model = skeleton(base, trust_remote_code=self.recipe.trust_remote_code)
         local = Path(base).is_dir()
+        origins = written["base"] if same else base_origins(self.recipe)
+        # What the run composed, or a stage trained in full.
+        made = local and not any(Path(origin["name"]).resolve() == Path(base).resolve() for origin in origins)
         return {
             "mmpeft_version": versions()["mmpeft"],
             "input_hash": self.position.input_hash,
@@ -400,7 +403,8 @@ class _Run:
             "stages": [stage["name"] for stage in self.stages],
             "parts": self.plan[self.last]["parts"],
             "data": read_json(self.directory.data),
-            "base": written["base"] if same else base_origins(self.recipe),
+            "base": origins,
+            **({BASE_WEIGHTS: weights_hashes(Path(base))} if made else {}),
             "media": written["media"]
             if same
             else {"train": media_fingerprint(self.train), "eval": media_fingerprint(self.eval)},

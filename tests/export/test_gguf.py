@@ -107,6 +107,27 @@ def test_matrices_are_near_and_vectors_exact(outtype, near, tmp_path):
     np.testing.assert_array_equal(file.numbers["blk.0.attn_q.bias"], queries)
 
 
+def test_layers_are_left_by_their_names(tmp_path):
+    base = saved(llava_of("llama"), tmp_path / "base")
+    layers = "model.language_model.layers"
+    skip = (f"{layers}.0.mlp.down_proj", r"re:layers\.1\.self_attn\.[qk]_proj")
+    done = written(base, tmp_path / "out", skip=skip)
+    types = Read(tmp_path / "out" / "model-q8_0.gguf").types
+    left = {"blk.0.ffn_down.weight", "blk.1.attn_q.weight", "blk.1.attn_k.weight"}
+    assert {name for name, kind in types.items() if kind == "F16"} == left
+    assert f"{layers}.1.mlp.down_proj" in done.quantized
+    assert not {f"{layers}.0.mlp.down_proj", f"{layers}.1.self_attn.q_proj"} & set(done.quantized)
+    assert sum(kind == "Q8_0" for kind in types.values()) == len(done.quantized)
+    # The embedding has the head's weights.
+    written(base, tmp_path / "out", skip=("lm_head",))
+    types = Read(tmp_path / "out" / "model-q8_0.gguf").types
+    assert {name for name, kind in types.items() if kind == "F16"} == {"token_embd.weight"}
+    with pytest.raises(RecipeError, match="no linear layer is called 'down'"):
+        written(base, tmp_path / "none", skip=("down",))
+    with pytest.raises(RecipeError, match="f16 has no layer in int8; leave --skip out"):
+        written(base, tmp_path / "none", skip=skip, outtype="f16")
+
+
 def test_keys_describe_model_and_words(tmp_path):
     base = saved(llava_of("llama"), tmp_path / "base")
     written(base, tmp_path / "out")

@@ -168,6 +168,18 @@ print(json.dumps([done.base, facts["base_revision"]]))
 """
 
 
+LOADED = """
+import json, sys
+import mmpeft
+
+def norm(name):
+    model, _ = mmpeft.load_model(name, device="cpu")
+    return next(float(weight[0]) for name, weight in model.named_parameters() if name.endswith("norm.weight"))
+
+print(json.dumps([norm(sys.argv[2] + "/adapter"), norm(sys.argv[1])]))
+"""
+
+
 @pytest.mark.slow
 def test_of_a_base_on_the_hub_the_revision_counts_that_was_trained_on(tmp_path):
     with local_hub(tmp_path / "hub") as hub:
@@ -183,6 +195,9 @@ def test_of_a_base_on_the_hub_the_revision_counts_that_was_trained_on(tmp_path):
         assert said == ["me/base", first]
         hub.commit("me/base", change)
         hub.python(HUB, *arguments, "two", home=tmp_path / "other-home")
+        seen = [hub.python(LOADED, *arguments, home=tmp_path / home) for home in ("home", "fresh-home")]
+        assert seen[0] == seen[1]
+        assert json.loads(seen[0])[0] == json.loads(seen[0])[1] - 1
         one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
         assert all(torch.equal(one[name], two[name]) for name in one)
         shutil.rmtree(hub.repos / "me/base" / first)

@@ -12,6 +12,7 @@ from mmpeft import export_gguf, run
 from mmpeft.cli.main import app
 from mmpeft.config.recipe import Recipe
 from mmpeft.core.errors import DataError, HubError, OutputError, RecipeError
+from mmpeft.pipeline.export_gate import Threshold
 from mmpeft.pipeline.publish import prepare
 from tests.data.films import film
 from tests.project import write_data, write_project
@@ -141,6 +142,15 @@ class TestWithLlamaCpp:
         assert f"parity not passed: {parity['why']}" in done.output
         with pytest.raises(HubError, match="too far from those of its source"):
             prepare(tmp_path / "out", "me/small", license="mit", unverified=True)
+
+    def test_layers_are_named_that_int8_changes_most(self, project, tmp_path):
+        data = self.rows(project, "text.json", "2 and 2?", "4")
+        limits = Threshold(kl=-1.0)
+        done = export_gguf(project / "base", tmp_path / "out", data=data, threshold=limits)
+        found = {each["name"]: each["error"] for each in done.parity["layers"]}
+        assert found.keys() == set(done.result.quantized)
+        assert all(0 < error < 0.03 for error in found.values())
+        assert f"most is changed by {max(found, key=found.get)}" in done.parity["why"]
 
     def test_pictures_in_later_turns_have_their_place(self, project, tmp_path):
         data = self.rows(

@@ -5,9 +5,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mmpeft import AdapterError, DataError, ModelError, Recipe, run
+from mmpeft import AdapterError, DataError, ModelError, Recipe, merge, run
 from mmpeft.cli.main import app
 from mmpeft.core.files import read_json, write_json
+from mmpeft.pipeline.directory import RunDirectory
 from mmpeft.pipeline.reproduce import reproduce
 from tests.project import TWO_STAGES, write_project
 from tests.tiny import tiny_clip, tiny_image_processor, tiny_llama, tiny_tokenizer
@@ -161,3 +162,9 @@ def test_a_composed_base_is_composed_again(tmp_path):
     tiny_clip(seed=1).save_pretrained(tmp_path / "vision")
     with pytest.raises(ModelError, match=r"not the vision .* --set model.vision=DIR"):
         reproduce(tmp_path / "run" / "adapter", output=tmp_path / "other")
+    # What was composed is recorded as well: the adapter is not merged into anything else.
+    merge(tmp_path / "run" / "adapter", tmp_path / "merged")
+    [weights] = RunDirectory(tmp_path / "run").base_model.glob("*.safetensors")
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"model\.safetensors has changed since the adapter was trained"):
+        merge(tmp_path / "run" / "adapter", tmp_path / "other")

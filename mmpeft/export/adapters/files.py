@@ -18,9 +18,8 @@ from peft.utils.other import get_pattern_key
 
 from mmpeft.core.errors import AdapterError
 from mmpeft.export.merge import all_finite
-from mmpeft.export.sources import read_facts
 from mmpeft.methods.checkpoint import read_weights
-from mmpeft.models.load import read_adapter_config
+from mmpeft.models.load import read_adapter_config, read_facts
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""

@@ -24,8 +24,8 @@ from mmpeft.core.files import write_json, writing
 from mmpeft.export.adapters.files import PREFIX, AdapterFiles, LoraModule, check_patterns, read_adapter
 from mmpeft.export.artefact import artefact
 from mmpeft.export.merge import BASE_LAYOUT
-from mmpeft.export.sources import BASE_REVISION
 from mmpeft.methods.lora import NO_TARGETS
+from mmpeft.models.load import BASE_REVISION
 
 KIND = "adapter"
 

@@ -11,7 +11,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from mmpeft.core.errors import AdapterError, ModelError
 from mmpeft.export.adapters.files import PREFIX, read_config
 from mmpeft.export.shards import read_header
-from mmpeft.export.sources import read_facts
+from mmpeft.models.load import read_facts
 
 _DEPTH = 6
 """Folders below the given one that are looked into."""
