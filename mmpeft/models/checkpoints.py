@@ -66,7 +66,7 @@ def _plain(name: str, kind: str, error: Exception) -> str:
             "refused: convert them with `save_pretrained`, or use a revision that has safetensors"
         )
     if "trust_remote_code" in text:
-        return f"{name} brings code of its own; read it, then allow it with trust_remote_code=True"
+        return f"{name} brings code of its own; read it, then allow it: --trust-remote-code, or trust_remote_code=True"
     return f"{name}: cannot be read as a {kind}: {text[:400]}"
 
 

@@ -8,7 +8,8 @@ parity.json, beside the export
   metrics                {"source": {...}, "export": {...}} of the answers that both give
   seconds, bytes         to answer, and of all weights, of both
   memory                 most that the process had while it answered, of both: tensors of an accelerator, on a CPU
-                         resident memory with all that the process holds beside the model
+                         resident memory with all that the process holds beside the model; not where one was asked on
+                         an accelerator and the other on a CPU, as llama.cpp is
   layers                 what the export changes in the outputs of layers, relative to them, most first; of int8 always,
                          of others where they do not pass
   runtime                of GGUF, the llama.cpp that answered

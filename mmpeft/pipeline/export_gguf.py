@@ -4,6 +4,7 @@ llama.cpp is given pictures and texts as its users give them: it scales the one 
 it does otherwise than the processor is part of the comparison.
 """
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -14,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from mmpeft.core.errors import DataError, MissingDependencyError
+from mmpeft.core.memory import forget_peak, latest_peak_bytes
 from mmpeft.core.types import IGNORE_INDEX
 from mmpeft.data.box_text import spelt_out
 from mmpeft.data.labels import conversation_of, prompt_of, starts_with_bos
@@ -26,6 +28,7 @@ from mmpeft.export.gguf_file import Q8_BLOCK, OutType
 from mmpeft.export.gguf_vision import VisionShape, vision_shape
 from mmpeft.export.llama_cpp import LlamaCpp, binding, version
 from mmpeft.export.sources import Source, find_source
+from mmpeft.models.devices import pick_device
 from mmpeft.models.load import load_processor
 from mmpeft.models.weightless import read_config
 from mmpeft.pipeline.export_gate import (
@@ -107,9 +110,13 @@ def export_gguf(
 
         gate.ask_source(asked_first())
         asked = Asked(LlamaCpp.of_export(result.output, threads=torch.get_num_threads()), held_out, processor, shape)
+        near, scores = gate.agreement_of(asked.logits()), asked.scores()
+        if pick_device(device).type != "cpu":
+            # An accelerator's tensors are not to be compared with resident memory.
+            scores["memory"] = None
         parity = gate.verdict(
-            gate.agreement_of(asked.logits()),
-            asked.scores(),
+            near,
+            scores,
             threshold or Threshold(answers=SAME),
             sizes=(result.before, result.bytes),
             layers=lambda: gate.errors(asked_first(), result.quantized, in_blocks(lambda _: Q8_BLOCK)),
@@ -178,7 +185,9 @@ class Asked:
             yield torch.cat(rows)
 
     def scores(self) -> dict[str, Any]:
-        """Of its greedy answers, as `evaluate_model` has them of the source's."""
+        """Of its greedy answers, as `evaluate_model` has them of the source's, and the peak of memory they took."""
+        gc.collect()
+        told = forget_peak("cpu")
         start = time.perf_counter()
         dataset, evaluate = self.held_out.dataset, self.held_out.evaluate
         questions, answers = dataset.questions()[: evaluate.limit], []
@@ -187,7 +196,9 @@ class Asked:
             pictures = load_media(question, root=dataset.media_root, limits=dataset.limits).images
             said = self.cpp.answer(**self._prompt(text, pictures), most=evaluate.max_new_tokens)
             answers.append(self.processor.tokenizer.decode(said, skip_special_tokens=True).strip())
-        return score_answers(questions, answers, evaluate.metrics) | {"seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        memory = latest_peak_bytes("cpu") if told else None
+        return {**score_answers(questions, answers, evaluate.metrics), "seconds": seconds, "memory": memory}
 
     def _prompt(self, text: str, pictures: Sequence[Any]) -> dict[str, Any]:
         """A text with llama.cpp's marks, and the pictures that it has."""

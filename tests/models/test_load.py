@@ -269,6 +269,6 @@ class TestBaseThatCannotBeRead:
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "mystery.py").write_text("raise SystemExit('ran')")
         with pytest.raises(
-            ModelError, match="brings code of its own; read it, then allow it with trust_remote_code=True"
+            ModelError, match="brings code of its own; read it, then allow it: --trust-remote-code"
         ):
             load_model(tmp_path, device="cpu")
