@@ -1,10 +1,17 @@
 """What a run writes, and where: the one place that knows the names."""
 
+import socket
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from mmpeft.core.errors import RecipeError
 from mmpeft.core.files import read_json, write_json
+from mmpeft.training.main_process import on_main
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,27 @@ class RunDirectory:
     """The `output` of a recipe."""
 
     path: Path
+
+    def check_shared(self) -> None:
+        """Refuse a directory that processes on other machines do not see; each process has to ask.
+
+        Raises:
+            RecipeError: names the machines that do not.
+        """
+        state = PartialState()
+        if state.num_processes == 1:
+            return
+        # A name that nobody has looked for yet: network file systems remember what was not there.
+        mark = self.path / on_main(lambda: f".seen-{uuid.uuid4().hex}")
+        on_main(mark.touch)
+        blind = gather_object([] if mark.is_file() else [socket.gethostname()])
+        if state.is_main_process:
+            mark.unlink()
+        if blind:
+            raise RecipeError(
+                f"output: {self.path} on {', '.join(sorted(set(blind)))} is not the directory that the first process "
+                "writes; give one on a file system that all machines share"
+            )
 
     def stage(self, index: int, name: str) -> StageDirectory:
         """The directory of a stage; `index` counts from 0, its name from 01."""

@@ -3,7 +3,7 @@
     {"torch": "==2.9.*", "torchvision": "!=0.24.*"}      bad where each is installed in a version that its text admits
 
 Names are those of packages, and of what `mmpeft.pipeline.drivers` finds beside them: `CANN`, `NPU driver`, `CUDA`,
-`NVIDIA driver`. What libraries say of one another in their own metadata needs no row: see `unmet`.
+`NVIDIA driver`, and `python`. What libraries say of one another in their own metadata needs no row: see `unmet`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -114,6 +114,13 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
             source=_NVIDIA,
         )
         for cuda, driver in _DRIVER_OF.items()
+    ),
+    KnownBad(
+        versions={"python": "<3.11.8"},
+        reason="a process that a loader starts can hang for ever, rarely; mmpeft run pauses before each, against that",
+        fix="install Python 3.11.8 or newer",
+        source="https://github.com/python/cpython/issues/112275",
+        broken=False,
     ),
     KnownBad(
         versions={"deepspeed": "<0.14.4", "torch": ">=2.4"},

@@ -21,6 +21,7 @@ from mmpeft.config.recipe import Recipe, StageConfig
 from mmpeft.config.train import PartTraining
 from mmpeft.core.errors import HubError, MMPeftError, OutputError, RecipeError
 from mmpeft.core.files import ensure_directory, read_json, write_json, write_text
+from mmpeft.core.forks import settle_before_forks
 from mmpeft.core.memory import forget_peak, memory_in_use, peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.export.card import render_card
@@ -129,6 +130,7 @@ def _run(recipe: Recipe, *, resume: bool, until: str | None, console: Console | 
 
 def join_processes(recipe: Recipe) -> PartialState:
     """This process among the others, on the device that the recipe asks for."""
+    settle_before_forks()
     launcher_strategy()  # Before accelerate reads it.
     device = pick_device(recipe.device)
     set_device(device, deterministic=recipe.deterministic)
@@ -203,6 +205,8 @@ class _Run:
         if write:
             ensure_directory(directory.path)
             write_text(directory.recipe, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+        if training:
+            directory.check_shared()
         identity = base_hash(recipe)
         base = resolve_base(recipe, directory.base_model, identity)
         if recipe.hub and recipe.hub.base_model is None and Path(base).is_dir():

@@ -268,7 +268,5 @@ class TestBaseThatCannotBeRead:
         config = {"model_type": "mystery", "auto_map": {"AutoConfig": "mystery.MysteryConfig"}}
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "mystery.py").write_text("raise SystemExit('ran')")
-        with pytest.raises(
-            ModelError, match="brings code of its own; read it, then allow it: --trust-remote-code"
-        ):
+        with pytest.raises(ModelError, match="brings code of its own; read it, then allow it: --trust-remote-code"):
             load_model(tmp_path, device="cpu")

@@ -125,7 +125,8 @@ class TestWithLlamaCpp:
         assert parity["agreement"]["tokens"] > 8
         assert set(parity["metrics"]["export"]) == {"exact_match"}
         assert parity["bytes"]["source"] > parity["bytes"]["export"] > 0
-        assert all(size > parity["bytes"][which] for which, size in parity["memory"].items())
+        # Not everywhere does the system tell.
+        assert all(size > parity["bytes"][which] for which, size in parity.get("memory", {}).items())
         assert parity["runtime"].startswith("llama.cpp b")
         made = prepare(tmp_path / "out", "me/small", license="mit", base_model="me/base")
         assert "| Agreement: Answers | 1" in made.card

@@ -41,7 +41,7 @@ def test_a_driver_that_is_older_than_its_cuda_needs():
 
 def test_every_row_says_what_to_do_and_where_it_is_written():
     for row in KNOWN_BAD:
-        assert len(row.versions) == 2
+        assert len(row.versions) == (1 if "python" in row.versions else 2)
         assert all(SpecifierSet(text) for text in row.versions.values())
         assert row.source.startswith("https://")
         assert row.reason
