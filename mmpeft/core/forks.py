@@ -7,7 +7,7 @@ import time
 _MENDED = (3, 11, 8)
 """The CPython in which a child no longer waits for a lock that a thread of its parent held at the fork."""
 
-_PAUSE_SECONDS = 0.02
+_PAUSE_SECONDS = 0.05
 
 _done: list[bool] = []
 
