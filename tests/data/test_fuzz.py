@@ -29,7 +29,7 @@ from tests.data.films import film, recording
 
 # The same examples in every run: what is found once is found again.
 PROFILE = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
-QUICK, LONG = settings(**PROFILE, max_examples=60), settings(**PROFILE, max_examples=4000)
+QUICK, LONG = settings(**PROFILE, max_examples=60), settings(**PROFILE, max_examples=2000)
 PARTS = [
     b'"',
     b"\\",
@@ -201,7 +201,7 @@ def test_any_bytes_as_a_medium(tmp_path_factory, media, name, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-@settings(LONG, max_examples=1500)
+@settings(LONG, max_examples=1000)
 @given(data=st.data())
 def test_any_bytes_as_a_medium_at_length(tmp_path_factory, media, name, data):
     medium(tmp_path_factory.getbasetemp() / name, data.draw(mutated(media[name], NUMBERS)))
