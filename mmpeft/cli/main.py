@@ -92,6 +92,14 @@ def options(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch\.distributed)\.")
+        # Nothing here changes a layer's output in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        logging.getLogger("accelerate.accelerator").addFilter(_said_of_accumulation)
+
+
+def _said_of_accumulation(record: logging.LogRecord) -> bool:
+    """Leaves out that DeepSpeed knows how many micro-batches an update has, and accelerate's own plugin does not."""
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
 
 
 def main() -> None:

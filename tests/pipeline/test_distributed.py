@@ -51,6 +51,9 @@ def shared(path, name, first, second, *overrides, processes=2, launcher=(), **op
         **options,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    # Nothing that worries and is about nothing.
+    assert "mismatch" not in done.stderr
+    assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr
     return output
 

@@ -57,6 +57,7 @@ def test_two_machines_follow_one_process(project):
     assert "report:" in first[1]
     # The first process alone speaks.
     assert second[1] == ""
+    assert "Warning" not in first[2] + second[2]
     assert_same(project.parent / "two", project.parent / "one")
 
 
