@@ -65,15 +65,11 @@ def seen(path, name):
 @pytest.mark.parametrize(
     ("before", "after", "batch"),
     [
-        (("ddp", 2), ("ddp", 1), {}),
         (("ddp", 1), ("ddp", 2), {}),
-        (("ddp", 2), ("ddp", 4), {}),
         (("ddp", 2), ("ddp", 1), {"packing": "false", "micro": "1"}),
         (("ddp", 4), ("ddp", 2), {"tokens": "200"}),
         (("fsdp2", 2), ("ddp", 1), {}),
-        (("ddp", 1), ("fsdp2", 2), {}),
         (("fsdp2", 2), ("fsdp2", 4), {}),
-        (("ddp", 2), ("fsdp2", 2), {"packing": "false"}),
         (("fsdp2", 2), ("ddp", 2), {"packing": "true"}),
     ],
     ids=lambda value: "-".join(map(str, value if isinstance(value, tuple) else chain(*value.items()))) or "plain",
@@ -96,7 +92,7 @@ def test_a_run_goes_on_with_other_processes(project, before, after, batch, reque
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "offload"), [("zero2", "optimizer"), ("zero3", "all"), ("fsdp2", "all")])
+@pytest.mark.parametrize(("strategy", "offload"), [("zero3", "all"), ("fsdp2", "all")])
 def test_a_run_goes_on_with_what_waits_in_host_memory(project, strategy, offload):
     """As one does whose memory did not suffice."""
     name = f"{strategy}-offload"
@@ -129,8 +125,10 @@ if "RANK" in os.environ:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
-@pytest.mark.parametrize(("killed", "at"), [("process", 4), ("launcher", 4), ("process", 2)])
+@pytest.mark.parametrize(
+    ("killed", "at", "strategy"),
+    [("process", 4, "ddp"), ("launcher", 4, "zero2"), ("process", 2, "zero2"), ("process", 4, "fsdp2")],
+)
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(project, strategy, killed, at):
     name = f"{strategy}-{killed}-{at}"
     kills = project.parent / f"{name}.kills"
@@ -158,7 +156,7 @@ def assert_goes_on(path, name, strategy, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
 def test_the_newest_checkpoint_cut_short_is_left_for_the_one_before(project, strategy):
     name = f"{strategy}-cut"
     killed = run(project, name, strategy, 2, env={"KILLED_BEHIND": "5"})
@@ -173,7 +171,7 @@ def test_the_newest_checkpoint_cut_short_is_left_for_the_one_before(project, str
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="no user namespaces here, so no file system to fill up")
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
 def test_a_disk_that_fills_up_ends_all_processes_and_leaves_whole_checkpoints(project, strategy):
     """A real, small file system (tmpfs in a namespace of its own); where it has grown, the same command goes on."""
     small = project.parent / f"{strategy}-small"
