@@ -104,11 +104,19 @@ class Recompute:
             layers.recompute(0)
             self._layers = self._gradients = self._step = None
 
-    def run(self, micro_batch: Callable[[], _Result], cuttable: Cuttable[_Result] | None = None) -> _Result:
+    def run(
+        self,
+        micro_batch: Callable[[], _Result],
+        cuttable: Cuttable[_Result] | None = None,
+        *,
+        again: Callable[[], _Result] | None = None,
+    ) -> _Result:
         """The micro-batch's result.
 
         Args:
             cuttable: the same, where it can be cut.
+            again: the same for a step that runs again, kept until the next begins: of what is on the host anyway;
+                default: `micro_batch`.
 
         Raises:
             RuntimeError, MemoryError: that of the device; memory does not suffice for one sample with all layers
@@ -122,7 +130,7 @@ class Recompute:
             self._step = _Step(_random_states(gradients.device), [])
         result = self._until_it_suffices(gradients, micro_batch, cuttable)
         if self._step is not None:
-            self._step.ran.append((micro_batch, cuttable))
+            self._step.ran.append((again or micro_batch, cuttable))
         return result
 
     def _until_it_suffices(

@@ -291,7 +291,8 @@ class MultimodalTrainer(CheckpointingTrainer):
         self._padded += tree.padded if tree else inputs["input_ids"].numel()
         step: Any = super().training_step
         moved = self._copies.take(inputs) if self._copies is not None else None
-        whole = functools.partial(step, model, inputs if moved is None else moved, *args, **kwargs)
+        again = functools.partial(step, model, inputs, *args, **kwargs)
+        whole = again if moved is None else functools.partial(step, model, moved, *args, **kwargs)
         cuttable = None
         if numbers is not None:
             indices = numbers.values["numbers"]
@@ -302,7 +303,7 @@ class MultimodalTrainer(CheckpointingTrainer):
                 return [functools.partial(step, model, each, *args, **kwargs) for each in self._cut_up(indices, parts)]
 
             cuttable = Cuttable(most=len(indices), pieces=pieces)
-        loss = self.computing.recompute.run(whole, cuttable)
+        loss = self.computing.recompute.run(whole, cuttable, again=again)
         if self.averages and self.accelerator.sync_gradients:
             average_gradients(self._averaged, in_parts=self._in_parts, parts=self.together)
             self.computing.recompute.agree(self.args.device)
