@@ -16,7 +16,6 @@ from tests.families.tiled import tiny_gemma3
 
 PROJECTOR = {"projector": "full"}
 LORA = {"language": {"r": 4, "lora_alpha": 8}}
-TRAINS = [PROJECTOR, LORA, {**PROJECTOR, **LORA}]
 ROUNDING = 1e-6
 """Matrix products may round by where in memory their numbers stand: of logits about 1, on some processors."""
 
@@ -66,7 +65,14 @@ def test_every_parameter_has_a_part_and_the_plan_counts_all_of_them(family):
 
 
 @families
-@pytest.mark.parametrize("train", TRAINS, ids=["projector", "lora", "both"])
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param(PROJECTOR, id="projector", marks=pytest.mark.slow),
+        pytest.param(LORA, id="lora", marks=pytest.mark.slow),
+        pytest.param({**PROJECTOR, **LORA}, id="both"),
+    ],
+)
 def test_a_fresh_adapter_changes_no_logit_and_training_lowers_the_loss(family, train):
     model, batch = built(family)
     with torch.no_grad():

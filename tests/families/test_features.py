@@ -104,7 +104,9 @@ def family(request):
     return request.param, processor, rows(request.param, model, processor)
 
 
-@pytest.mark.parametrize("train", [pytest.param("projector", marks=pytest.mark.slow), "lora", "both"])
+@pytest.mark.parametrize(
+    "train", [*(pytest.param(train, marks=pytest.mark.slow) for train in ("projector", "lora")), "both"]
+)
 def test_loss_and_gradients_of_a_padded_batch_are_those_without_a_cache(family, train):
     name, processor, samples = family
     model = scattered(get_peft_model(MODELS[name]()[0], TRAINS[train])).train()

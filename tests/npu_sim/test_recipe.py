@@ -130,6 +130,7 @@ def same_bits(left, right):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_deterministic_runs_repeat_every_bit(project, npu_library, tmp_path):
     """The second finds the features that the first has kept, and a setting of the user's own."""
     cache = {"MMPEFT_CACHE": str(tmp_path)}
@@ -142,6 +143,7 @@ def test_deterministic_runs_repeat_every_bit(project, npu_library, tmp_path):
     same_bits(first, second)
 
 
+@pytest.mark.slow
 def test_a_setting_that_says_the_opposite_ends_the_run(project, npu_library):
     env = simulated(npu_library, HCCL_DETERMINISTIC="false")
     done = run_recipe(project, f"output={project.parent / 'not'}", "device=npu", "deterministic=true", env=env)

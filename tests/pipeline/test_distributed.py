@@ -276,12 +276,14 @@ def test_a_process_that_is_killed_ends_the_run(project):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in chain(workers))
 
 
+@pytest.mark.slow
 def test_stdout_carries_the_json_object_alone(project):
     done = run_recipe(project, f"output={project.parent / 'zero2-fsdp2'}", "processes=2", json=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [stage["name"] for stage in json.loads(done.stdout)["stages"]] == ["projector", "language"]
 
 
+@pytest.mark.slow
 def test_bad_data_is_told_once_and_with_its_status(project, tmp_path):
     rows = json.loads((project.parent / "data" / "train.json").read_text())
     rows[0]["image"] = "lost.png"

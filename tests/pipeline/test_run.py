@@ -209,6 +209,7 @@ def uninterrupted(tmp_path_factory):
     return weights(folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_weights(tmp_path, uninterrupted):
     path = write_project(tmp_path, stages=SLOW_STAGE)
     stage = tmp_path / "run" / "stages" / "01-projector"

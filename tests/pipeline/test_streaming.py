@@ -236,6 +236,7 @@ def test_several_sources_stream_with_their_weights(tmp_path):
     assert same_weights(tmp_path / "c", tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_another_order_than_the_buffers_is_an_error(tmp_path):
     path = project(tmp_path, stages=[{**STAGE, "trainer": {"train_sampling_strategy": "sequential"}}])
     with pytest.raises(RecipeError, match=r"train_sampling_strategy='sequential': a stream has no other order"):
