@@ -274,6 +274,10 @@ def test_bitsandbytes_of_a_base_in_bfloat16_answers_on_a_cpu(run, tmp_path, kind
     limits = Threshold(top1=0.0, kl=9.0, drop=1.0)
     done = mmpeft.export_bnb(run / "adapter", tmp_path / "out", base=base, kind=kind, threshold=limits, device="cpu")
     assert done.parity["passed"], done.parity["why"]
+    strict = Threshold(kl=-1.0)
+    named = mmpeft.export_bnb(run / "adapter", tmp_path / "no", base=base, kind=kind, threshold=strict, device="cpu")
+    assert all(0 < each["error"] < 0.3 for each in named.parity["layers"])
+    assert len(named.parity["layers"]) == len(named.result.quantized)
     model, processor = open_model(str(tmp_path / "out"), device="cpu")
     assert model.dtype == torch.bfloat16
     picture = run.parent / "data" / "images" / "eval-1.png"
