@@ -333,7 +333,7 @@ def test_random_batches_with_everything_on(family, bases, monkeypatch, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "feature"), CASES)
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_batches_with_each_feature(family, feature, bases, monkeypatch, data):
     train = data.draw(st.sampled_from([BOTH, LORA]))
