@@ -1,5 +1,6 @@
 """`mmpeft export int8 SOURCE OUT`; other formats are mounted beside it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
@@ -175,9 +176,10 @@ def _show_parity(console: Console, parity: Mapping[str, Any]) -> None:
         scores = ", ".join(
             f"{name} {metrics['source'][name]:.3f} -> {metrics['export'][name]:.3f}" for name in metrics["source"]
         )
+        # Neither is there where no token was compared, or none of the export's is a number.
+        top1, kl = (math.nan if agreement[name] is None else agreement[name] for name in ("top1", "kl"))
         console.print(
-            f"on {parity['data']}: {agreement['top1']:.1%} of {agreement['tokens']} tokens the same, "
-            f"KL {agreement['kl']:.2g}; {scores}",
+            f"on {parity['data']}: {top1:.1%} of {agreement['tokens']} tokens the same, KL {kl:.2g}; {scores}",
             markup=False,
             soft_wrap=True,
         )

@@ -72,7 +72,8 @@ class Said:
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             tokens += len(ours)
             expected, found = theirs.log_softmax(-1), ours.log_softmax(-1)
-            divergence += float((expected.exp() * (expected - found)).sum())
+            # What the source holds for impossible counts nothing.
+            divergence += float(torch.where(expected.isneginf(), 0.0, expected.exp() * (expected - found)).sum())
         if not tokens:
             return Agreement(tokens=0, top1=math.nan, kl=math.nan)
         # It is never negative but by rounding.

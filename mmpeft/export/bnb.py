@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig
 
+from mmpeft.core.errors import RecipeError
 from mmpeft.core.optional import require
 from mmpeft.export.artefact import BNB, artefact
 from mmpeft.export.int8 import Int8Export
@@ -79,11 +80,20 @@ def write_bnb(export: Int8Export, output: str | Path, *, kind: BnbKind, device: 
 
 
 def without_uneven(export: Int8Export, kind: BnbKind) -> Int8Export:
-    """The same without layers that bitsandbytes cannot hold: NF4 has a scale for each 64 numbers of a row on CPUs."""
+    """The same without layers that bitsandbytes cannot hold: NF4 has a scale for each 64 numbers of a row on CPUs.
+
+    Raises:
+        RecipeError: none is left.
+    """
     if kind == "int8":
         return export
     shapes = export.merged.checkpoint.tensors
     uneven = [name for name, stored in export.linears.chosen.items() if shapes[stored].shape[1] % _NF4_BLOCK]
+    if len(uneven) == len(export.linears.chosen):
+        raise RecipeError(
+            f"kind: nf4 holds layers whose inputs are a multiple of {_NF4_BLOCK}, and none of those that are left is "
+            "(--skip takes others out); take --kind int8"
+        )
     return export.with_skipped(uneven) if uneven else export
 
 

@@ -36,6 +36,7 @@ def quantized(graph: Any, left: Mapping[str, torch.Tensor]) -> Any:
     """
     ir = require("onnx_ir", extra=EXTRA)
     kind = require("onnxruntime.quantization.matmul_nbits_quantizer", extra=EXTRA).MatMulNBitsQuantizer
+    _plain_products(graph)
     products = {node.name: node.inputs[1] for node in graph.graph if _is_product(node)}
     spared = _products_with(products, left)
     halve(graph, only={products[name].name for name in spared})
@@ -83,6 +84,38 @@ def halve(graph: Any, *, only: Iterable[str] | None = None) -> None:
         cast.outputs[0].name = name
         graph.graph.register_initializer(stored)
         graph.graph.insert_before(graph.graph[0], cast)
+
+
+def _plain_products(graph: Any) -> None:
+    """Make a `MatMul` of each `Gemm`, which linear layers on [rows, channels] become, and a sum with its bias."""
+    ir = require("onnx_ir", extra=EXTRA)
+    for node in [node for node in graph.graph if node.op_type == "Gemm"]:
+        numbers = {name: each.value for name, each in node.attributes.items()}
+        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        scaled = any(numbers.get(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+        if weight is None or weight.const_value is None or scaled or numbers.get("transA"):
+            continue
+        if numbers.get("transB"):
+            name = f"{weight.name}_columns"
+            if name not in graph.graph.initializers:
+                columns = np.ascontiguousarray(weight.const_value.numpy().T)
+                turned = ir.Value(name=name, const_value=ir.tensor(columns, name=name))
+                turned.dtype, turned.shape = ir.DataType.FLOAT, ir.Shape(columns.shape)
+                graph.graph.register_initializer(turned)
+            weight = graph.graph.initializers[name]
+        made = [ir.node("MatMul", [node.inputs[0], weight], name=f"{node.name}_product")]
+        if bias is not None:
+            made.append(ir.node("Add", [made[0].outputs[0], bias], name=f"{node.name}_sum"))
+        old, new = node.outputs[0], made[-1].outputs[0]
+        new.dtype, new.shape = old.dtype, old.shape
+        graph.graph.insert_before(node, made)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        name = old.name
+        graph.graph.remove(node, safe=True)
+        new.name = name
+    for name, value in list(graph.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            graph.graph.initializers.pop(name)
 
 
 def _is_product(node: Any) -> bool:

@@ -1,6 +1,7 @@
 """What an export starts from: an adapter with the base that it was trained on, or a model; each a directory here."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mmpeft.families.qwen2_5_omni import SPEAKERS
 from mmpeft.models.checkpoints import check_name, reading
 from mmpeft.models.load import (
     BASE_REVISION,
+    BASE_WEIGHTS,
     FACTS_NAME,
     NOT_FETCHED,
     PROCESSOR_FILES,
@@ -135,17 +137,32 @@ def _check_unchanged(adapter: Path, facts: Mapping[str, Any], base: Path) -> Non
     """
     origin: Mapping[str, Any] = next((each for each in facts.get("base") or () if each.get("role") == "model"), {})
     records = [(origin.get("name"), origin.get("files")), (facts.get("base_model"), facts.get(BASE_WEIGHTS))]
-    named = Path(str(read_adapter_config(adapter).get("base_model_name_or_path"))).resolve()
+    named = os.path.realpath(str(read_adapter_config(adapter).get("base_model_name_or_path")))
     recorded: Mapping[str, str] = next(
-        (files for path, files in records if files and Path(str(path)).resolve() == named), {}
+        (files for path, files in records if files and _real(path) == named),
+        {},
     )
-    for name, then in recorded.items():
-        file = base / name
-        if file.suffix == ".safetensors" and file.is_file() and hash_file(file) != then:
+    then = {name: value for name, value in recorded.items() if name.endswith(".safetensors")}
+    now = {file.name for file in base.glob("*.safetensors")}
+    advice = f"put the base back as it was, or say that it is meant as it is now: --base {base}"
+    if then and set(then) != now:
+        raise AdapterError(
+            f"{adapter}: {base} has {', '.join(sorted(now)) or 'no weights'}, where the adapter was trained on "
+            f"{', '.join(sorted(then))[:200]}; {advice}"
+        )
+    for name, value in then.items():
+        if hash_file(base / name) != value:
             raise AdapterError(
-                f"{adapter}: {file} has changed since the adapter was trained on it ({FACTS_NAME} records its hash); "
-                f"put the base back as it was, or say that it is meant as it is now: --base {base}"
+                f"{adapter}: {base / name} has changed since the adapter was trained on it ({FACTS_NAME} records its "
+                f"hash); {advice}"
             )
+
+
+def _real(path: Any) -> str | None:
+    try:
+        return os.path.realpath(str(path))
+    except ValueError:
+        return None
 
 
 def _check_processor(base: Path, adapter: Path | None) -> None:
@@ -168,10 +185,6 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
         return Path(name)
     with reading(name, "model"):
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(NOT_FETCHED)))
-
-
-BASE_WEIGHTS = "base_weights"
-"""Key of mmpeft.json: hashes of the files of a base that the run itself made; of others `base` has them."""
 
 
 def weights_hashes(base: Path) -> dict[str, str]:

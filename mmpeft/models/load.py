@@ -1,7 +1,9 @@
 """A model with its processor, from a directory or the Hub, with an adapter or without."""
 
 import logging
+import re
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +46,11 @@ FACTS_NAME = "mmpeft.json"
 
 BASE_REVISION = "base_revision"
 """Its key with the commit of a base on the Hub that the adapter was trained on."""
+
+BASE_WEIGHTS = "base_weights"
+"""Its key with hashes of the files of a base that the run itself made; of others `base` has them."""
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """One of them lies where a processor does."""
@@ -203,11 +210,32 @@ def read_facts(folder: Path) -> dict[str, Any]:
     file = folder / FACTS_NAME
     try:
         found = read_json(file) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
     if not isinstance(found, dict):
         raise AdapterError(f"{file}: holds a {type(found).__name__}, not facts by name; train or copy it again")
+    for key, sound in _SOUND.items():
+        if found.get(key) is not None and not sound(found[key]):
+            raise AdapterError(f"{file}: {key} is {str(found[key])[:80]!r}, which it cannot be; train or copy it again")
     return found
+
+
+def _are_hashes(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+def _are_origins(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and _are_hashes(each.get("files") or {}) for each in value
+    )
+
+
+_SOUND: Mapping[str, Callable[[Any], bool]] = {
+    "base_model_relative": lambda value: isinstance(value, str),
+    "base": _are_origins,
+    BASE_WEIGHTS: _are_hashes,
+}
+"""Keys that decide what is read, and what their values have to be."""
 
 
 def trained_revision(folder: Path, base: str) -> str | None:
@@ -221,7 +249,12 @@ def trained_revision(folder: Path, base: str) -> str | None:
         AdapterError: mmpeft.json is damaged.
     """
     found = None if Path(base).is_dir() else read_facts(folder).get(BASE_REVISION)
-    return None if found is None else str(found)
+    if found is not None and not (isinstance(found, str) and _COMMIT.fullmatch(found)):
+        raise AdapterError(
+            f"{folder / FACTS_NAME}: {BASE_REVISION} is {str(found)[:80]!r}, no commit on the Hub; train or copy it "
+            "again, or take it out to use the newest"
+        )
+    return found
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -239,6 +272,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{file}: cannot be read ({error}); train or copy it again") from error
     if not isinstance(found, dict):
         raise AdapterError(f"{file}: holds a {type(found).__name__}, not settings by name; train or copy it again")
+    named = found.get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise AdapterError(
+            f"{file}: base_model_name_or_path is {str(named)[:80]!r}, not a name; train or copy it again"
+        )
     return found
 
 

@@ -1,5 +1,6 @@
 """What a run writes, and where: the one place that knows the names."""
 
+import os
 import socket
 import uuid
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class RunDirectory:
         # A name that nobody has looked for yet: network file systems remember what was not there.
         mark = self.path / on_main(lambda: f".seen-{uuid.uuid4().hex}")
         on_main(mark.touch)
-        blind = gather_object([] if mark.is_file() else [socket.gethostname()])
+        blind = gather_object([] if os.path.isfile(mark) else [socket.gethostname()])
         if state.is_main_process:
             mark.unlink()
         if blind:

@@ -228,6 +228,8 @@ class Gate:
             return False
         held_out = self.held_out
         scores = evaluate_with(held_out.evaluate, model, self.processor, held_out.dataset)
+        if _same_answers(self._source["predictions"], scores["predictions"]) < (threshold.answers or 0.0):
+            return False
         return not shortfalls(found, self._source["metrics"], scores["metrics"], threshold)
 
     def agreement_of(self, logits: Iterable[torch.Tensor]) -> Agreement:
@@ -255,7 +257,8 @@ class Gate:
         if threshold.answers is not None and same < threshold.answers:
             why.append(f"the same answer is given to {same:.1%}, and {threshold.answers:.1%} are asked for")
         measured = layers if isinstance(layers, Mapping) else layers() if why else {}
-        worst = sorted(measured.items(), key=lambda item: -item[1])
+        # What overflows comes first.
+        worst = sorted(measured.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)
         memory = {"source": self._source["memory"], "export": scores.get("memory")}
         if why and worst:
             why.append("most is changed by " + ", ".join(f"{name} ({error:.1%})" for name, error in worst[:3]))
@@ -340,16 +343,28 @@ def fewest_left(layers: Sequence[str], passes: Callable[[list[str]], bool]) -> l
         return left
     size = len(left) // 2
     while size:
+        before = len(left)
         # From the end: what is changed least goes first.
         for start in reversed(range(0, len(left), size)):
             without = left[:start] + left[start + size :]
             if passes(without):
                 left = without
-        size //= 2
+        # Behind one that went another may go: leaving more does not always help.
+        size = size // 2 if size > 1 else int(len(left) < before)
     return left
 
 
 def concluded(result: Result, parity: Mapping[str, Any], *, left: tuple[str, ...] = ()) -> Outcome[Result]:
     """The outcome of an export, beside which parity.json is put."""
+    parity = _finite(parity)
     write_json(result.output / PARITY, parity)
     return Outcome(result=result, parity=parity, left_by_itself=left)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in the place of numbers that JSON does not have: NaN, and without limit."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

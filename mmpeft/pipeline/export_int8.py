@@ -83,6 +83,11 @@ def export_int8(
         left: tuple[str, ...] = ()
         if auto_skip:
             left = tuple(_left_by_itself(gate, model, measured, errors, threshold))
+            if len(left) == len(errors):
+                raise RecipeError(
+                    f"auto_skip: no choice of layers in int8 passes (top1 {threshold.top1:g}, KL {threshold.kl:g}, "
+                    f"drop {threshold.drop:g}); ask for less (--min-agreement, --max-drop), or try --smooth 0.5"
+                )
             export = export.with_skipped(left) if left else export
         del model
         result = export.write(output, measured)

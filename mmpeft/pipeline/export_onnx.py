@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmpeft.export.artefact import check_replaceable
 from mmpeft.export.coarse import in_blocks
-from mmpeft.export.onnx import OnnxResult, OnnxSettings, merged_in_memory, write_onnx
+from mmpeft.export.onnx import OnnxResult, OnnxSettings, int8_layers, merged_in_memory, write_onnx
 from mmpeft.export.onnx_graph import check_installed
 from mmpeft.export.onnx_model import OnnxModel
 from mmpeft.export.onnx_weights import block_of
@@ -63,6 +63,9 @@ def export_onnx(
     held_out = replace(held_out, evaluate=held_out.evaluate.model_copy(update={"share_media": False}))
     with Gate(held_out, processor) as gate:
         model = merged_in_memory(found)
+        if settings.precision == "int8":
+            # Names that are not there are told before the source answers.
+            int8_layers(model, settings)
         gate.ask_source(model)
         result = write_onnx(found, model, output, settings)
         del model

@@ -26,11 +26,11 @@ from mmpeft.core.memory import forget_peak, memory_in_use, peak_memory_bytes
 from mmpeft.core.types import Part
 from mmpeft.export.card import render_card
 from mmpeft.export.hub import check_login
-from mmpeft.export.sources import BASE_WEIGHTS, base_facts, weights_hashes
+from mmpeft.export.sources import base_facts, weights_hashes
 from mmpeft.families.registry import family_of
 from mmpeft.methods.checkpoint import copy_adapter
 from mmpeft.models.devices import pick_device
-from mmpeft.models.load import FACTS_NAME, load_model, load_processor
+from mmpeft.models.load import BASE_WEIGHTS, FACTS_NAME, load_model, load_processor
 from mmpeft.pipeline.arguments import check_trainer_blocks
 from mmpeft.pipeline.base import quantization_of, resolve_base, skeleton
 from mmpeft.pipeline.cutting import measure

@@ -236,7 +236,7 @@ class _Gradients:
     def __init__(self, model: Any) -> None:
         weights = list(model.parameters())
         self.device: torch.device = weights[0].device
-        self._trained = [weight for weight in weights if weight.requires_grad]
+        self._trained = weights
         self._most = _LITTLE * sum(weight.nbytes for weight in weights)
         self._earlier: list[tuple[Any, torch.Tensor]] | None = None
 

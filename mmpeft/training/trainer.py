@@ -130,7 +130,8 @@ class MultimodalTrainer(CheckpointingTrainer):
                 f"{reader} reads the logits of every position; give "
                 "data_collator=MultimodalCollator(processor, supervised_only=False)"
             )
-        if not weigh_tokens(self) and cut is not None:
+        self._weighs_tokens = weigh_tokens(self)
+        if not self._weighs_tokens and cut is not None:
             if cut.bounds.tokens is not None:
                 raise RecipeError(
                     "batch.tokens: this model's loss is a mean of each micro-batch and would depend on how a step is "
@@ -294,7 +295,8 @@ class MultimodalTrainer(CheckpointingTrainer):
         again = functools.partial(step, model, inputs, *args, **kwargs)
         whole = again if moved is None else functools.partial(step, model, moved, *args, **kwargs)
         cuttable = None
-        if numbers is not None:
+        # The losses of pieces add up to the micro-batch's where each token is weighed by those of the step alone.
+        if numbers is not None and self._weighs_tokens:
             indices = numbers.values["numbers"]
 
             def pieces(parts: int) -> list[Any]:

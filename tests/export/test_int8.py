@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from mmpeft.export.w8a8 import through_int8
 from mmpeft.methods.checkpoint import save_model
 from mmpeft.models.load import load_model
 from mmpeft.pipeline.answering import open_model
-from mmpeft.pipeline.export_gate import Gate, Threshold, fewest_left, shortfalls
+from mmpeft.pipeline.export_gate import Gate, Threshold, concluded, fewest_left, shortfalls
 from mmpeft.pipeline.publish import prepare
 from tests.cli.test_main import call
 from tests.project import TWO_STAGES, write_project
@@ -180,10 +182,12 @@ def test_the_fewest_layers_are_left_that_will_do(run, tmp_path):
     assert fewest_left(layers, lambda left: True) == []
     assert fewest_left(layers, lambda left: False) == layers
     assert fewest_left(layers, lambda left: {"b", "g"} <= set(left)) == ["b", "g"]
+    # Where leaving more may harm, the last that can go goes too.
+    assert fewest_left("abc", lambda left: left in (["a", "b", "c"], ["b", "c"], ["b"])) == ["b"]
     tight = Threshold(kl=-1.0)
     done = mmpeft.export_int8(run / "adapter", tmp_path / "out", auto_skip=True, threshold=Threshold(kl=1e-3))
     assert done.left_by_itself == ()
-    with pytest.raises(RecipeError, match="no linear layer is left"):
+    with pytest.raises(RecipeError, match=r"auto_skip: no choice of layers in int8 passes .*--min-agreement"):
         mmpeft.export_int8(run / "adapter", tmp_path / "none", auto_skip=True, threshold=tight)
 
 
@@ -200,6 +204,21 @@ def test_layers_are_left_for_answers_as_well_where_tokens_are_near_enough(monkey
     done = mmpeft.export_int8(run / "adapter", tmp_path / "out", auto_skip=True)
     assert done.left_by_itself == (LAYER,)
     assert done.parity["passed"], done.parity["why"]
+
+
+def test_what_is_no_number_comes_first_and_is_null_in_parity_json(tmp_path):
+    gate = Gate.__new__(Gate)
+    gate.held_out = SimpleNamespace(origin="here")
+    gate._source = {"metrics": {}, "predictions": [{"answer": "1"}], "seconds": 1.0, "memory": None}
+    scores = {"metrics": {}, "predictions": [{"answer": "1"}], "seconds": 1.0}
+    found = Agreement(tokens=3, top1=0.0, kl=math.nan)
+    layers = {"small": 0.01, "overflows": math.nan, "large": 0.5}
+    parity = gate.verdict(found, scores, Threshold(kl=math.inf), sizes=(2, 1), layers=layers)
+    assert "most is changed by overflows (nan%), large (50.0%)" in parity["why"]
+    concluded(SimpleNamespace(output=tmp_path), parity)
+    stored = json.loads((tmp_path / "parity.json").read_text(), parse_constant=pytest.fail)
+    assert stored["layers"][0] == {"name": "overflows", "error": None}
+    assert stored["agreement"]["kl"] is None
 
 
 def test_a_gate_names_each_shortfall():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -412,6 +413,33 @@ def test_a_base_that_has_changed_since_training_is_refused(base, tmp_path):
         merge(tmp_path / "adapter", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert merge(tmp_path / "adapter", tmp_path / "other", base=base).changed
+    # In other files, too.
+    (base / "model.safetensors").rename(base / "renamed.safetensors")
+    with pytest.raises(AdapterError, match=r"has renamed.safetensors, where the adapter was trained on model.safet"):
+        merge(tmp_path / "adapter", tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"base_revision": "../../../ref"}, "base_revision is '../../../ref', no commit on the Hub"),
+        ({"base_revision": ["main"]}, "no commit"),
+        ({"base_revision": ""}, "no commit"),
+        ({"base_weights": 5}, "base_weights is '5'"),
+        ({"base_weights": {"a": 1}}, "base_weights"),
+        ({"base": "s"}, "base is 's'"),
+        ({"base": [5]}, "base is"),
+        ({"base": [{"role": "model", "files": ["x"]}]}, "base is"),
+        ({"base_model_relative": 5}, "base_model_relative is '5'"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(facts, said, base, tmp_path):
+    trained(base, tmp_path / "adapter", facts=facts)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), "me/nowhere"))
+    for read in (lambda: merge(tmp_path / "adapter", tmp_path / "merged"), lambda: load_model(tmp_path / "adapter")):
+        with pytest.raises(AdapterError, match=r"mmpeft\.json: .*" + re.escape(said)):
+            read()
 
 
 def test_of_several_adapters_by_names_one_has_to_be_given(base, processor, tmp_path):

@@ -168,6 +168,22 @@ def test_families(name, tmp_path):
         check_same(pair, ask(pair.processor, count))
 
 
+@torch.no_grad()
+def test_the_tower_of_qwen_is_in_int8_where_it_is_asked_for(tmp_path):
+    """Its linear layers are `Gemm` in the graph, for they read [patches, channels]."""
+    model, processor = MODELS["qwen2_5_vl"]()
+    skip = ("re:visual.blocks.0.",)
+    pair = export(tmp_path, model, processor, include=("vision",), skip=skip)
+    found = operators(pair.folder / "vision.onnx")
+    linears = [name for name, each in model.model.visual.named_modules() if isinstance(each, torch.nn.Linear)]
+    left = [name for name in linears if name.startswith("blocks.0.")]
+    assert found["Gemm"] == 0
+    assert found["MatMulNBits"] == len(linears) - len(left) > 0
+    batch = ask(processor, 1)
+    want, ours = pair.model(**batch).logits.log_softmax(-1), pair.graphs(**batch).logits.log_softmax(-1)
+    assert 0 < float((want.exp() * (want - ours)).sum(-1).mean()) < 1e-2
+
+
 def test_a_composed_model(tmp_path):
     tokenizer = tiny_tokenizer(image_token=False)
     parts = {"vision": tiny_clip(), "language": tiny_llama(tokenizer), "image_processor": tiny_image_processor()}

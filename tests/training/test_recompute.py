@@ -325,3 +325,62 @@ def test_training_goes_on_with_the_same_losses(tmp_path, late, compiled):
     assert (recompute.count, recompute.total) == (3, 4)
     with pytest.raises(RuntimeError, match="allocate memory"):
         train(tmp_path, fails=True, late=late, recompute=False)
+
+
+class Shown(list):
+    """Rows of which two each are on one picture."""
+
+    def media_key(self, index):
+        return str(index // 2)
+
+
+def first_loss(folder, *, fails):
+    """Of a model whose loss is a mean of each micro-batch, with a collator that is not ours."""
+    model, processor = MODELS["qwen2_5_vl"]()
+    collate = MultimodalCollator(processor, supervised_only=False)
+    trainer = MultimodalTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=True,
+            report_to="none",
+            per_device_train_batch_size=2,
+            max_steps=1,
+            logging_steps=1,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Shown(encode_sample(processor, *first_medium(model, number)) for number in range(4)),
+        data_collator=lambda rows: collate(rows),
+        share_media=True,
+    )
+    if fails:
+        failing_unless_recomputed(model.get_decoder().layers[0])
+    trainer.train()
+    recompute = trainer.computing.recompute
+    return trainer.state.log_history[0]["loss"], recompute.parts, recompute.count
+
+
+def test_a_micro_batch_whose_loss_is_a_mean_is_not_cut(tmp_path):
+    loss, *_ = first_loss(tmp_path, fails=False)
+    again, parts, count = first_loss(tmp_path, fails=True)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert (parts, count > 0) == (1, True)
+
+
+def test_weights_that_begin_to_train_are_not_counted_twice():
+    model = small()
+    model.requires_grad_(False)
+    recompute = Recompute()
+    with recompute.watching(model):
+        model.requires_grad_(True)
+        step_of(model)()
+        whole = gradients(model)
+        model.zero_grad()
+
+        def fail(gradient):
+            if not model.model.layers[0].gradient_checkpointing:
+                raise RuntimeError(NO_MEMORY)
+
+        model.model.embed_tokens.weight.register_hook(fail)
+        recompute.run(step_of(model))
+    assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
