@@ -1,5 +1,6 @@
 """Processes that begin as copies of this one, as a loader's workers do, in a moment when no thread is half-way in."""
 
+import functools
 import os
 import sys
 import time
@@ -9,9 +10,8 @@ _MENDED = (3, 11, 8)
 
 _PAUSE_SECONDS = 0.05
 
-_done: list[bool] = []
 
-
+@functools.cache
 def settle_before_forks() -> None:
     """From now on, let other threads finish before each fork, where a child would wait for them for ever.
 
@@ -19,11 +19,5 @@ def settle_before_forks() -> None:
     HCCL are behind a collective when they let a tensor go (https://github.com/python/cpython/issues/112275). While this
     thread sleeps, they have the interpreter. Safe to call again.
     """
-    if sys.version_info >= _MENDED or _done or not hasattr(os, "register_at_fork"):
-        return
-    _done.append(True)
-    os.register_at_fork(before=_pause)
-
-
-def _pause() -> None:
-    time.sleep(_PAUSE_SECONDS)
+    if sys.version_info < _MENDED and hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=functools.partial(time.sleep, _PAUSE_SECONDS))

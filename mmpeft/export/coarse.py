@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpeft.export.w8a8 import scaled_through_int8, through_int8, tokens_through_int8
+from mmpeft.export.w8a8 import inputs_through_int8, through_int8
 
 Coarse = Callable[[str, Any, torch.Tensor], torch.Tensor]
 """Of a layer's name, the layer as the source has it, and inputs [..., in]: outputs [..., out] without bias."""
@@ -22,8 +22,7 @@ def w8a8(largest: Mapping[str, float] | None = None) -> Coarse:
     """
 
     def outputs(name: str, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        inputs = tokens_through_int8(x) if largest is None else scaled_through_int8(x, largest[name])
-        return nn.functional.linear(inputs, through_int8(layer.weight))
+        return nn.functional.linear(inputs_through_int8(x, name, largest), through_int8(layer.weight))
 
     return outputs
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmpeft.export.coarse import Coarse
-from mmpeft.export.w8a8 import scaled_through_int8, through_int8, tokens_through_int8
+from mmpeft.export.w8a8 import inputs_through_int8, through_int8
 
 
 @dataclass
@@ -96,17 +96,9 @@ def simulated(
             layer: Any = model.get_submodule(name)
             stack.callback(setattr, layer.weight, "data", layer.weight.data)
             layer.weight.data = through_int8(layer.weight.data)
-            stack.callback(layer.register_forward_pre_hook(_passing(_of(largest, name))).remove)
+            stack.callback(layer.register_forward_pre_hook(_passing(name, largest)).remove)
         yield
 
 
-def _of(largest: Mapping[str, float] | None, name: str) -> float | None:
-    return None if largest is None else largest[name]
-
-
-def _passing(largest: float | None) -> Any:
-    return lambda layer, inputs: (_inputs_through_int8(inputs[0], largest), *inputs[1:])
-
-
-def _inputs_through_int8(x: torch.Tensor, largest: float | None) -> torch.Tensor:
-    return tokens_through_int8(x) if largest is None else scaled_through_int8(x, largest)
+def _passing(name: str, largest: Mapping[str, float] | None) -> Any:
+    return lambda layer, inputs: (inputs_through_int8(inputs[0], name, largest), *inputs[1:])

@@ -7,7 +7,7 @@
 Dynamic activations get a scale a token while the model runs, and so have nothing on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,6 +54,16 @@ def scaled_through_int8(x: torch.Tensor, largest: float) -> torch.Tensor:
     """Activations as static quantization passes them on: one scale for all, larger ones cut off; in their precision."""
     scale = scale_of(torch.tensor([largest], device=x.device), x.dtype)
     return (quantize(x, scale).float() * scale.float()).to(x.dtype)
+
+
+def inputs_through_int8(x: torch.Tensor, layer: str, largest: Mapping[str, float] | None) -> torch.Tensor:
+    """A linear layer's inputs as quantization passes them on.
+
+    Args:
+        layer: its name.
+        largest: of static activations, by name the largest |x| that scales a layer's inputs; None: a scale a token.
+    """
+    return tokens_through_int8(x) if largest is None else scaled_through_int8(x, largest[layer])
 
 
 def quantization_config(ignore: Sequence[str], *, activations: Activations) -> dict[str, Any]:

@@ -393,6 +393,7 @@ class _Run:
         model = skeleton(base, trust_remote_code=self.recipe.trust_remote_code)
         local = Path(base).is_dir()
         origins = written["base"] if same else base_origins(self.recipe)
+        recorded = written.get(BASE_WEIGHTS) if same else None
         # What the run composed, or a stage trained in full.
         made = local and not any(Path(origin["name"]).resolve() == Path(base).resolve() for origin in origins)
         return {
@@ -408,7 +409,7 @@ class _Run:
             "parts": self.plan[self.last]["parts"],
             "data": read_json(self.directory.data),
             "base": origins,
-            **({BASE_WEIGHTS: weights_hashes(Path(base))} if made else {}),
+            **({BASE_WEIGHTS: recorded or weights_hashes(Path(base))} if made else {}),
             "media": written["media"]
             if same
             else {"train": media_fingerprint(self.train), "eval": media_fingerprint(self.eval)},

@@ -128,7 +128,11 @@ class Recompute:
                 return self._attempt(micro_batch, cuttable)
         if not gradients.stand():
             self._step = _Step(_random_states(gradients.device), [])
-        result = self._until_it_suffices(gradients, micro_batch, cuttable)
+        if self._relief(cuttable) is None:
+            with advising(ADVICE):
+                result = self._attempt(micro_batch, cuttable)
+        else:
+            result = self._until_it_suffices(gradients, micro_batch, cuttable)
         if self._step is not None:
             self._step.ran.append((again or micro_batch, cuttable))
         return result
@@ -236,18 +240,18 @@ class _Gradients:
     def __init__(self, model: Any) -> None:
         weights = list(model.parameters())
         self.device: torch.device = weights[0].device
-        self._trained = weights
+        self._weights = weights
         self._most = _LITTLE * sum(weight.nbytes for weight in weights)
         self._earlier: list[tuple[Any, torch.Tensor]] | None = None
 
     def stand(self) -> bool:
         """Whether there are any: not before the first micro-batch of a step."""
-        return any(weight.grad is not None for weight in self._trained)
+        return any(weight.grad is not None for weight in self._weights)
 
     def lay_aside(self) -> bool:
         """Whether they are; not where they are many: then they stay where they are, and are not to be had back."""
         self._earlier = None
-        earlier = [(weight, weight.grad) for weight in self._trained if weight.grad is not None]
+        earlier = [(weight, weight.grad) for weight in self._weights if weight.grad is not None]
         if sum(gradient.nbytes for _, gradient in earlier) > self._most:
             return False
         self._earlier = earlier
@@ -256,7 +260,7 @@ class _Gradients:
 
     def clear(self) -> None:
         """Drop what a micro-batch has left."""
-        for weight in self._trained:
+        for weight in self._weights:
             weight.grad = None
 
     def restore(self) -> None:

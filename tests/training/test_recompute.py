@@ -52,6 +52,16 @@ def failing_unless_recomputed(layer):
     return layer.register_forward_pre_hook(look)
 
 
+def failing_behind_all_other_gradients(model):
+    """A backward whose last gradient finds memory only where layers are recomputed."""
+
+    def fail(gradient):
+        if not model.model.layers[0].gradient_checkpointing:
+            raise RuntimeError(NO_MEMORY)
+
+    model.model.embed_tokens.weight.register_hook(fail)
+
+
 def test_a_part_of_the_layers_gives_the_same_gradients_and_is_taken_back():
     model = small()
     step = step_of(model)
@@ -103,12 +113,7 @@ def test_what_a_failed_backward_left_behind_is_not_counted_twice():
     whole = gradients(model)
     model.zero_grad()
 
-    def fail(gradient):
-        if not model.model.layers[0].gradient_checkpointing:
-            raise RuntimeError(NO_MEMORY)
-
-    # The last of the backward: all other gradients are there when it fails.
-    model.model.embed_tokens.weight.register_hook(fail)
+    failing_behind_all_other_gradients(model)
     recompute = Recompute()
     with recompute.watching(model):
         recompute.run(step)
@@ -376,11 +381,6 @@ def test_weights_that_begin_to_train_are_not_counted_twice():
         step_of(model)()
         whole = gradients(model)
         model.zero_grad()
-
-        def fail(gradient):
-            if not model.model.layers[0].gradient_checkpointing:
-                raise RuntimeError(NO_MEMORY)
-
-        model.model.embed_tokens.weight.register_hook(fail)
+        failing_behind_all_other_gradients(model)
         recompute.run(step_of(model))
     assert all(torch.equal(*pair) for pair in zip(whole, gradients(model), strict=True))
